@@ -1,0 +1,11 @@
+#include "common/bind.h"
+
+#define M4K_STRING(x) #x
+#define M4K_EXPAND(x) M4K_STRING(x)
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("version") = M4K_EXPAND(M4K_VERSION);
+    m.attr("has_cuda") = bool(M4K_CUDA);
+    m4k::bind_simd(m);
+    m4k::bind_quantize_coords(m);
+}

@@ -1,0 +1,15 @@
+// What every <op>/bind.cpp needs; bindings.cpp calls the functions declared here.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace m4k {
+namespace py = pybind11;
+
+using release_gil_t = py::call_guard<py::gil_scoped_release>;
+inline constexpr release_gil_t release_gil{};
+
+void bind_simd(py::module_& m);
+void bind_quantize_coords(py::module_& m);
+
+}  // namespace m4k

@@ -1,0 +1,54 @@
+// SIMD levels. Each *_cpu.cpp is compiled once per level (see setup.py); the level is chosen at run time.
+#pragma once
+
+#if defined(M4K_SIMD_AVX512)
+#define M4K_SIMD_NS avx512
+#elif defined(M4K_SIMD_AVX2)
+#define M4K_SIMD_NS avx2
+#else
+#define M4K_SIMD_NS portable
+#endif
+
+namespace m4k {
+
+enum class SimdLevel : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The level in use: the best that this CPU has, or what set_simd_level asked for.
+SimdLevel simd_level();
+const char* simd_level_name();
+// "portable", "avx2", "avx512" or "auto". Throws std::invalid_argument for a level that is unknown or that the CPU
+// lacks.
+void set_simd_level(const char* name);
+
+}  // namespace m4k
+
+// Declares one function per compiled level: M4K_DECLARE_LEVELS(void, add, (const AddArgs& args)).
+#if M4K_X86
+#define M4K_DECLARE_LEVELS(ret, name, params) \
+    namespace portable {                      \
+    ret name params;                          \
+    }                                         \
+    namespace avx2 {                          \
+    ret name params;                          \
+    }                                         \
+    namespace avx512 {                        \
+    ret name params;                          \
+    }
+// Calls the function of the level in use: M4K_CALL_LEVEL(add, (args)).
+#define M4K_CALL_LEVEL(name, arguments)    \
+    switch (::m4k::simd_level()) {         \
+        case ::m4k::SimdLevel::avx512:     \
+            return avx512::name arguments; \
+        case ::m4k::SimdLevel::avx2:       \
+            return avx2::name arguments;   \
+        case ::m4k::SimdLevel::portable:   \
+            break;                         \
+    }                                      \
+    return portable::name arguments
+#else
+#define M4K_DECLARE_LEVELS(ret, name, params) \
+    namespace portable {                      \
+    ret name params;                          \
+    }
+#define M4K_CALL_LEVEL(name, arguments) return portable::name arguments
+#endif

@@ -1,0 +1,1 @@
+"""The lean trainer for masked multimodal models of human motion, on top of m4kernels."""

@@ -1,0 +1,14 @@
+"""Fast kernels for masked multimodal models: each op is one function with a plain PyTorch reference."""
+
+from m4kernels._version import __version__
+from m4kernels.ops.quantize_coords.api import dequantize_coords, quantize_coords
+from m4kernels.segments import MaskedBatch, PackedTokens, Segments
+
+__all__ = [
+    "MaskedBatch",
+    "PackedTokens",
+    "Segments",
+    "__version__",
+    "dequantize_coords",
+    "quantize_coords",
+]

@@ -1,0 +1,108 @@
+"""Backends: which exist, which can run a call, and how one is chosen.
+
+A backend of an op is the module `m4kernels.ops.<op>.<backend>`, imported when first used. It has the op's functions and
+`can_run(*args) -> str | None`: None when it can run these arguments, else the reason why not.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from m4kernels import _ext
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+ENVIRONMENT_VARIABLE = "M4KERNELS_BACKEND"
+_log = logging.getLogger("m4kernels")
+
+
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run on tensors of `device_type` on this machine; None when it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"it runs on CPU tensors, got {device_type} tensors"
+        return None if _ext.load() is not None else _ext.ABSENT
+    if backend == "triton":
+        if not _has_triton():
+            return "triton is not installed: `pip install triton`"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "it runs on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set; got cpu tensors"
+        return None
+    extension = _ext.load()
+    if extension is None:
+        return _ext.ABSENT
+    if not extension.has_cuda:
+        return "the extension was built without CUDA: install nvcc, then `M4KERNELS_CUDA=1 pip install -e .`"
+    return None if device_type == "cuda" else f"it runs on CUDA tensors, got {device_type} tensors"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class Dispatcher:
+    """Chooses the backend module of one op.
+
+    Args:
+        op: the op's folder in `m4kernels/ops`.
+        backends: those that the op has, fastest first; the last is "reference".
+    """
+
+    def __init__(self, op: str, backends: tuple[str, ...]) -> None:
+        self.op = op
+        self.backends = backends
+        self._modules: dict[tuple[str, str], ModuleType] = {}
+        self._said: set[str] = set()
+
+    def module(self, backend: str) -> ModuleType:
+        """The backend's module, imported on first use."""
+        return importlib.import_module(f"m4kernels.ops.{self.op}.{backend}")
+
+    def reason(self, backend: str, *args: Any) -> str | None:
+        """Why `backend` cannot run the op on these arguments (the first is a tensor); None when it can."""
+        if backend not in self.backends:
+            return f"{self.op} has no such backend"
+        return unavailable(backend, args[0].device.type) or self.module(backend).can_run(*args)
+
+    def select(self, backend: str, *args: Any) -> ModuleType:
+        """The module of `backend`, or with "" of the one `M4KERNELS_BACKEND` names, else of the fastest that can run.
+
+        Raises:
+            ValueError: the name is unknown, or the named backend cannot run these arguments.
+        """
+        named = backend or os.environ.get(ENVIRONMENT_VARIABLE, "")
+        if named:
+            if named not in BACKENDS:
+                origin = "backend" if backend else ENVIRONMENT_VARIABLE
+                raise ValueError(
+                    f"{self.op}: {origin}={named!r} is unknown; expected one of {', '.join(self.backends)}"
+                )
+            why_not = self.reason(named, *args)
+            if why_not is not None:
+                usable = [name for name in self.backends if self.reason(name, *args) is None]
+                raise ValueError(
+                    f"{self.op}: backend {named!r} cannot run: {why_not}. Usable here: {', '.join(usable)}"
+                )
+            return self.module(named)
+        for name in self.backends:
+            why_not = self.reason(name, *args)
+            if why_not is None:
+                return self.module(name)
+            self._say_once(name, why_not, args[0].device)
+        raise AssertionError(f"{self.op}: the reference backend refused")  # can_run of a reference is always None
+
+    def _say_once(self, backend: str, why_not: str, device: torch.device) -> None:
+        # A backend for another kind of device was never a candidate, so skipping it is no news.
+        if (device.type == "cpu") != (backend == "cpp"):
+            return
+        if f"{backend}: {why_not}" not in self._said:
+            self._said.add(f"{backend}: {why_not}")
+            _log.warning("%s: skipping the faster backend %r: %s", self.op, backend, why_not)

@@ -1,0 +1,1 @@
+"""One folder an op: reference.py (the specification), api.py (public function, registration), one file a backend."""

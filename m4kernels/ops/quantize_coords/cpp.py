@@ -1,0 +1,71 @@
+"""quantize_coords on the CPU, through csrc/quantize_coords."""
+
+import torch
+from torch import Tensor
+
+from m4kernels import _ext
+from m4kernels.ops.quantize_coords.reference import compute_dtype
+
+
+def can_run(*_args: object) -> None:
+    """Every shape and dtype that the op accepts."""
+
+
+def quantize_coords(
+    xy: Tensor, visible: Tensor, scale: Tensor | None, offset: Tensor | None, canvas: float, bins: int
+) -> Tensor:
+    """xy (..., J, 2), visible (..., J), scale and offset broadcastable to (..., 2) → int64 (..., 3 J)."""
+    dtype = compute_dtype(xy.dtype)
+    batch, joints = xy.shape[:-2], xy.shape[-2]
+    samples = batch.numel()
+    xy = xy.to(dtype).contiguous()
+    visible = visible.contiguous()
+    scale, scale_step = _per_sample(scale, 1.0, batch, dtype)
+    offset, offset_step = _per_sample(offset, 0.0, batch, dtype)
+    tokens = torch.empty((*batch, 3 * joints), dtype=torch.int64)
+    extension = _ext.require()
+    kernel = extension.quantize_coords_f64 if dtype == torch.float64 else extension.quantize_coords_f32
+    kernel(
+        xy.data_ptr(),
+        visible.data_ptr(),
+        scale.data_ptr(),
+        offset.data_ptr(),
+        scale_step,
+        offset_step,
+        tokens.data_ptr(),
+        samples,
+        joints,
+        canvas,
+        bins,
+        torch.get_num_threads(),
+    )
+    return tokens
+
+
+def dequantize_coords(tokens: Tensor, canvas: float, bins: int) -> tuple[Tensor, Tensor]:
+    """tokens (..., 3 J) → xy float32 (..., J, 2), visible bool (..., J)."""
+    batch, joints = tokens.shape[:-1], tokens.shape[-1] // 3
+    tokens = tokens.to(torch.int64).contiguous()
+    xy = torch.empty((*batch, joints, 2), dtype=torch.float32)
+    visible = torch.empty((*batch, joints), dtype=torch.bool)
+    _ext.require().dequantize_coords(
+        tokens.data_ptr(),
+        xy.data_ptr(),
+        visible.data_ptr(),
+        batch.numel(),
+        joints,
+        canvas,
+        bins,
+        torch.get_num_threads(),
+    )
+    return xy, visible
+
+
+def _per_sample(value: Tensor | None, default: float, batch: torch.Size, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """(contiguous values, elements from one sample's pair to the next: 2, or 0 when all samples share one pair)."""
+    if value is None:
+        return torch.full((2,), default, dtype=dtype), 0
+    value = value.to(dtype)
+    if value.shape[:-1].numel() == 1:
+        return value.reshape(-1).expand(2).contiguous(), 0
+    return value.expand(*batch, 2).contiguous(), 2

@@ -1,0 +1,33 @@
+"""Assertions shared by tests and benchmarks."""
+
+import torch
+from torch import Tensor
+
+
+def assert_within_error_budget(
+    actual: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2.0, floor: float = 4.0, what: str = "result"
+) -> None:
+    """Assert that a kernel errs no more than plain PyTorch does in the same dtype, up to a factor.
+
+    `max|actual - truth| <= factor * max|baseline - truth| + floor * eps(dtype) * max|truth|`. The second term covers
+    baselines that happen to be exact.
+
+    Args:
+        actual: the kernel's result.
+        baseline: the plain PyTorch result in the kernel's dtype.
+        truth: the float64 reference.
+        factor: allowed ratio of the two errors.
+        floor: absolute term in units of the dtype's machine epsilon at the largest true value.
+        what: named in the message.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert actual.dtype == baseline.dtype, f"{what}: dtype {actual.dtype}, expected {baseline.dtype}"
+    if truth.numel() == 0:
+        return
+    assert bool(actual.isfinite().all()), f"{what}: not finite"
+    error = (actual.double() - truth).abs().max().item()
+    allowed = (baseline.double() - truth).abs().max().item()
+    tiny = floor * torch.finfo(actual.dtype).eps * max(truth.abs().max().item(), 1e-30)
+    assert error <= factor * allowed + tiny, (
+        f"{what}: error {error:.3e} exceeds {factor} x {allowed:.3e} (plain PyTorch) + {tiny:.1e}"
+    )

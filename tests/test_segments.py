@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from m4kernels import MaskedBatch, PackedTokens, Segments
+from m4kernels.cases import random_segments
+
+
+def packed(segments: Segments, tail: int, tail_id: int) -> PackedTokens:
+    """Random tokens in these segments, and a tail that belongs to no sample."""
+    g = torch.Generator().manual_seed(5)
+    total = int(segments.cu_seqlens[-1])
+    modalities = torch.cat(
+        [torch.repeat_interleave(torch.arange(segments.num_modalities), row) for row in segments.counts]
+    )
+    ids = torch.cat([torch.randint(1, 999, (total,), generator=g), torch.full((tail,), tail_id)])
+    positions = torch.cat([torch.randint(0, 256, (total,), generator=g), torch.zeros(tail, dtype=torch.int64)])
+    return PackedTokens(ids, positions, torch.cat([modalities, torch.zeros(tail, dtype=torch.int64)]), segments)
+
+
+@pytest.mark.parametrize("tail", [0, 9])
+def test_padded_and_back(tail: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    batch = MaskedBatch(
+        packed(random_segments(8, (20, 5, 20, 5), g), tail, 0), packed(random_segments(8, (9, 3, 9, 3), g), tail, -100)
+    )
+    padded = batch.padded()
+    for prefix, half, fill in (("enc", batch.encoder, 0), ("dec", batch.decoder, -100)):
+        mask = padded[f"{prefix}_pad_mask"]
+        lengths = half.segments.cu_seqlens.diff()
+        assert mask.shape == (8, half.segments.max_seqlen)
+        assert torch.equal(mask.sum(1), lengths)
+        assert torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None])  # valid tokens come first
+        assert (padded[f"{prefix}_tokens"][~mask] == fill).all()
+        total = int(lengths.sum())
+        back = getattr(MaskedBatch.from_padded(padded, 4), {"enc": "encoder", "dec": "decoder"}[prefix])
+        assert torch.equal(back.ids, half.ids[:total])
+        assert torch.equal(back.positions, half.positions[:total])
+        assert torch.equal(back.modalities, half.modalities[:total])
+        assert torch.equal(back.segments.counts, half.segments.counts)
+        assert torch.equal(back.segments.cu_seqlens, half.segments.cu_seqlens)
+
+
+def test_from_padded_refuses_disorder_and_absence() -> None:
+    g = torch.Generator().manual_seed(0)
+    half = packed(Segments.from_counts(torch.tensor([[3, 2]])), 0, 0)
+    padded = MaskedBatch(half, half).padded()
+    with pytest.raises(ValueError, match="lacks enc_positions"):
+        MaskedBatch.from_padded({k: v for k, v in padded.items() if k != "enc_positions"})
+    with pytest.raises(ValueError, match="must be ordered by modality"):
+        MaskedBatch.from_padded(padded | {"dec_modalities": padded["dec_modalities"].flip(1)})
+    with pytest.raises(ValueError, match="expected the same"):
+        MaskedBatch.from_padded(padded | {"enc_tokens": torch.randint(0, 9, (1, 7), generator=g)})
+
+
+def test_check_values_names_the_fault() -> None:
+    good = Segments.from_counts(torch.tensor([[3, 2], [0, 0], [1, 4]]))
+    good.check_values("q_segments", 10)
+    cu = good.cu_seqlens
+    faults = {
+        r"cu_seqlens ends at 10, but there are only 9 tokens": (good, 9),
+        r"must start at 0": (Segments(cu + 1, good.counts, 5), 12),
+        r"must not decrease": (Segments(torch.tensor([0, 5, 4, 10], dtype=torch.int32), good.counts, 6), 10),
+        r"counts of sample 0 add up to 5, but cu_seqlens gives it 4": (
+            Segments(torch.tensor([0, 4, 5, 10], dtype=torch.int32), good.counts, 6),
+            10,
+        ),
+        r"max_seqlen is 4, but a sample has 5 tokens": (Segments(cu, good.counts, 4), 10),
+        r"cu_seqlens must be int32 \(4,\)": (Segments(cu.long(), good.counts, 5), 10),
+        r"counts must not be negative": (Segments(cu, torch.tensor([[6, -1], [0, 0], [1, 4]]).int(), 6), 10),
+    }
+    for message, (segments, total) in faults.items():
+        with pytest.raises(ValueError, match=message):
+            segments.check_values("q_segments", total)
