@@ -24,13 +24,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "m4kernels" / "_version.py").read_text())[1]
 DEFAULT_ARCHS = (80, 90, 100, 120)
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 # Levels a *_cpu.cpp file is compiled for. "portable" comes first: where the compiler emits an inline function of the
 # standard library in several objects the linker keeps the first, and that one must run on every CPU.
 X86_LEVELS = {
     "portable": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-    + ["-mfma", "-mf16c", "-mbmi2"],
+    "avx2": AVX2,
+    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
 
 
