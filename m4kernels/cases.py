@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from m4kernels.segments import Segments
+from m4kernels.segments import MaskedBatch, PackedTokens, Segments
 
 # Mean tokens of (tok_rgb, coords, tok_rgb_next, coords_next) in a sample under the M4 masking rule.
 M4_INPUT_MEANS = (66.7, 33.5, 21.5, 16.3)
@@ -36,6 +36,47 @@ def random_segments(
 ) -> Segments:
     """Segments of `random_counts`."""
     return Segments.from_counts(random_counts(batch, max_counts, generator, empty=empty))
+
+
+def random_packed(
+    segments: Segments, vocab_sizes: tuple[int, ...], generator: torch.Generator, *, tail: int = 0, tail_id: int = 0
+) -> PackedTokens:
+    """Random ids below vocab_sizes[m] at ascending positions of each modality, then `tail` tokens of no sample."""
+    modalities, positions = [], []
+    for row in segments.counts.tolist():
+        for modality, count in enumerate(row):
+            modalities.append(torch.full((count,), modality))
+            positions.append(torch.randperm(max(2 * count, 1), generator=generator)[:count].sort().values)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    modality = torch.cat([nothing, *modalities])
+    limit = torch.tensor(vocab_sizes)[modality]
+    ids = (torch.rand(len(modality), generator=generator, dtype=torch.float64) * limit).long()
+    pad = torch.zeros(tail, dtype=torch.int64)
+    return PackedTokens(
+        torch.cat([ids, pad + tail_id]),
+        torch.cat([nothing, *positions, pad]),
+        torch.cat([modality, pad]),
+        segments,
+    )
+
+
+def random_masked_batch(
+    batch: int,
+    max_inputs: tuple[int, ...],
+    max_targets: tuple[int, ...],
+    vocab_sizes: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    tail: int = 0,
+    empty: float = 0.15,
+) -> MaskedBatch:
+    """A masked batch with random counts, ids and positions; positions stay below twice the largest count."""
+    inputs = random_segments(batch, max_inputs, generator, empty=empty)
+    targets = random_segments(batch, max_targets, generator, empty=empty)
+    return MaskedBatch(
+        random_packed(inputs, vocab_sizes, generator, tail=tail),
+        random_packed(targets, vocab_sizes, generator, tail=tail, tail_id=-100),
+    )
 
 
 def non_contiguous(x: Tensor) -> Tensor:

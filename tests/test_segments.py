@@ -1,28 +1,14 @@
 import pytest
 import torch
 
-from m4kernels import MaskedBatch, PackedTokens, Segments
-from m4kernels.cases import random_segments
-
-
-def packed(segments: Segments, tail: int, tail_id: int) -> PackedTokens:
-    """Random tokens in these segments, and a tail that belongs to no sample."""
-    g = torch.Generator().manual_seed(5)
-    total = int(segments.cu_seqlens[-1])
-    modalities = torch.cat(
-        [torch.repeat_interleave(torch.arange(segments.num_modalities), row) for row in segments.counts]
-    )
-    ids = torch.cat([torch.randint(1, 999, (total,), generator=g), torch.full((tail,), tail_id)])
-    positions = torch.cat([torch.randint(0, 256, (total,), generator=g), torch.zeros(tail, dtype=torch.int64)])
-    return PackedTokens(ids, positions, torch.cat([modalities, torch.zeros(tail, dtype=torch.int64)]), segments)
+from m4kernels import MaskedBatch, Segments
+from m4kernels.cases import random_masked_batch, random_packed
 
 
 @pytest.mark.parametrize("tail", [0, 9])
 def test_padded_and_back(tail: int) -> None:
     g = torch.Generator().manual_seed(0)
-    batch = MaskedBatch(
-        packed(random_segments(8, (20, 5, 20, 5), g), tail, 0), packed(random_segments(8, (9, 3, 9, 3), g), tail, -100)
-    )
+    batch = random_masked_batch(8, (20, 5, 20, 5), (9, 3, 9, 3), (50, 60, 70, 80), g, tail=tail)
     padded = batch.padded()
     for prefix, half, fill in (("enc", batch.encoder, 0), ("dec", batch.decoder, -100)):
         mask = padded[f"{prefix}_pad_mask"]
@@ -42,7 +28,7 @@ def test_padded_and_back(tail: int) -> None:
 
 def test_from_padded_refuses_disorder_and_absence() -> None:
     g = torch.Generator().manual_seed(0)
-    half = packed(Segments.from_counts(torch.tensor([[3, 2]])), 0, 0)
+    half = random_packed(Segments.from_counts(torch.tensor([[3, 2]])), (50, 60), g)
     padded = MaskedBatch(half, half).padded()
     with pytest.raises(ValueError, match="lacks enc_positions"):
         MaskedBatch.from_padded({k: v for k, v in padded.items() if k != "enc_positions"})
