@@ -44,8 +44,8 @@ def random_packed(
     """Random ids below vocab_sizes[m] at ascending positions of each modality, then `tail` tokens of no sample."""
     modalities, positions = [], []
     for row in segments.counts.tolist():
-        for modality, count in enumerate(row):
-            modalities.append(torch.full((count,), modality))
+        for index, count in enumerate(row):
+            modalities.append(torch.full((count,), index))
             positions.append(torch.randperm(max(2 * count, 1), generator=generator)[:count].sort().values)
     nothing = torch.zeros(0, dtype=torch.int64)
     modality = torch.cat([nothing, *modalities])
