@@ -124,19 +124,25 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
-    override_tree = _parse_overrides(overrides or [])
     try:
         raw = OmegaConf.load(path)
         if not isinstance(raw, DictConfig):
             raise ConfigError(f"{path}: expected keys with values at the top level, got {type(raw).__name__}")
-        tree = OmegaConf.to_container(OmegaConf.merge(raw, override_tree), resolve=True)
+        overridden: set[str] = set()
+        for text in overrides or []:
+            override = _parse_override(text)
+            overridden.update(_leaves(OmegaConf.to_container(override)))
+            try:
+                raw = OmegaConf.merge(raw, override)
+            except TypeError:  # a list for a section, or the reverse
+                raise ConfigError(f"{text}: the value does not fit what {text.partition('=')[0]} holds") from None
+        tree = OmegaConf.to_container(raw, resolve=True)
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file ({error})") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_key_of(error)}{str(error).splitlines()[0]}") from None
-    overridden = set(_leaves(OmegaConf.to_container(override_tree)))
     try:
         flat, notes = nano4m_config.translate(tree, overridden)
     except nano4m_config.TranslationError as error:
@@ -196,15 +202,14 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
-def _parse_overrides(overrides: list[str]) -> DictConfig:
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-            raise ConfigError(f"{text}: expected an override of the form key=value, for example lr=0.001")
+def _parse_override(text: str) -> DictConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        raise ConfigError(f"{text}: expected an override of the form key=value, for example lr=0.001")
     try:
-        return OmegaConf.from_dotlist(overrides)
+        return OmegaConf.from_dotlist([text])
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{' '.join(overrides)}: cannot be read: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{text}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _leaves(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -232,8 +237,10 @@ def _schema() -> dict[str, str]:
 
 def _describe(annotation: str) -> str:
     words = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}
-    words |= {f"list[{name}]": f"a list of {plural}" for name, plural in
-              (("int", "integers"), ("float", "numbers"), ("str", "names"))}  # fmt: skip
+    words |= {
+        f"list[{name}]": f"a list of {plural}"
+        for name, plural in (("int", "integers"), ("float", "numbers"), ("str", "names"))
+    }
     base = annotation.removesuffix(" | None")
     return words.get(base, base) + (" or null" if base != annotation else "")
 
@@ -274,7 +281,9 @@ def _check(c: TrainConfig) -> None:
     for key in ("vocab_sizes", "max_seq_lens", "input_alphas", "target_alphas"):
         expected = f"{len(c.modalities)} values, one a modality ({names})"
         require(len(getattr(c, key)) == len(c.modalities), key, expected)
-    require(all(0 < v <= 65536 for v in c.vocab_sizes), "vocab_sizes", "values in 1 … 65536 (ids are stored in 16 bits)")
+    require(
+        all(0 < v <= 65536 for v in c.vocab_sizes), "vocab_sizes", "values in 1 … 65536 (ids are stored in 16 bits)"
+    )
     require(all(n > 0 for n in c.max_seq_lens), "max_seq_lens", "values above 0")
     total = sum(c.max_seq_lens)
     for side in ("input", "target"):
@@ -288,7 +297,7 @@ def _check(c: TrainConfig) -> None:
         require(span[1] <= total, f"{side}_tokens_range", expected)
 
     for key in ("batch_size", "global_batch_size", "num_tokens_per_sample", "keep_ckpts", "log.every"):
-        value = getattr(c.log, "every") if key == "log.every" else getattr(c, key)
+        value = c.log.every if key == "log.every" else getattr(c, key)
         require(value > 0, key, "a value above 0")
     for key in ("total_tokens", "eval_freq", "save_ckpt_freq", "lr"):
         require(finite(getattr(c, key)) and getattr(c, key) > 0, key, "a finite value above 0")
@@ -301,7 +310,7 @@ def _check(c: TrainConfig) -> None:
     require(c.eval_samples is None or c.eval_samples > 0, "eval_samples", "a value above 0, or null for all")
     require(c.stop_after_steps is None or c.stop_after_steps > 0, "stop_after_steps", "a value above 0, or null")
     for key in ("seed", "eval_seed"):
-        require(0 <= getattr(c, key) < 2**63, key, "a value in 0 … 2^63 − 1")
+        require(0 <= getattr(c, key) < 2**63, key, "a value in 0 … 2^63 - 1")
 
     for key in ("dim", "enc_depth", "dec_depth", "head_dim"):
         require(getattr(c.model, key) > 0, f"model.{key}", "a value above 0")
@@ -313,6 +322,8 @@ def _check(c: TrainConfig) -> None:
     require(c.kernels in ("auto", "reference", "reference-matmul"), "kernels", "auto, reference or reference-matmul")
     devices = r"auto|cpu|cuda(:\d+)?"
     require(re.fullmatch(devices, c.device) is not None, "device", "auto, cpu, cuda or cuda:INDEX")
-    require(re.fullmatch(r"[\w.+-]+", c.run_name) is not None, "run_name", "a plain folder name (letters, digits, ._+-)")
+    require(
+        re.fullmatch(r"[\w.+-]+", c.run_name) is not None, "run_name", "a plain folder name (letters, digits, ._+-)"
+    )
     require(c.output_dir != "", "output_dir", "a folder")
     require(c.data.root != "", "data.root", "a folder, or null for the embedded sample set")

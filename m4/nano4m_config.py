@@ -9,8 +9,15 @@ class TranslationError(ValueError):
     """A nano4M key whose value contradicts another one, or asks for something this trainer does not do."""
 
 
-_DATA_KEYS = ("modalities", "vocab_sizes", "max_seq_lens", "input_alphas", "target_alphas", "input_tokens_range",
-              "target_tokens_range")  # fmt: skip
+_DATA_KEYS = (
+    "modalities",
+    "vocab_sizes",
+    "max_seq_lens",
+    "input_alphas",
+    "target_alphas",
+    "input_tokens_range",
+    "target_tokens_range",
+)
 
 # nano4M key → our key. Several may lead to one of ours; they must then agree.
 _MAPPED = {f"global_vars.{key}": key for key in ("batch_size", *_DATA_KEYS)}

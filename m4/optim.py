@@ -1,0 +1,41 @@
+"""AdamW with decay groups, and the learning rate as a function of counted tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from m4.config import TrainConfig
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: weights and embeddings decay; norms and biases (fewer than two dimensions) do not."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=BETAS, eps=EPS, fused=True)
+
+
+def learning_rate(tokens: float, config: TrainConfig) -> float:
+    """Linear from 0 to ``lr`` over ``token_warmup``, then a cosine to ``min_lr`` at ``total_tokens``.
+
+    Args:
+        tokens: counted tokens seen, in millions; beyond ``total_tokens`` the rate stays at ``min_lr``.
+    """
+    if tokens < config.token_warmup:
+        return config.lr * tokens / config.token_warmup
+    progress = min(1.0, (tokens - config.token_warmup) / (config.total_tokens - config.token_warmup))
+    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
