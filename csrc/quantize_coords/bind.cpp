@@ -11,7 +11,7 @@ template <typename T>
 void quantize(uintptr_t xy, uintptr_t visible, uintptr_t scale, uintptr_t offset, int64_t scale_step,
               int64_t offset_step, uintptr_t tokens, int64_t n, int64_t joints, double canvas, int64_t bins,
               int threads) {
-    quantize_coords(QuantizeArgs<T>{as_ptr<const T>(xy), as_ptr<const bool>(visible), as_ptr<const T>(scale),
+    quantize_coords(QuantizeArgs<T>{as_ptr<const T>(xy), as_ptr<const uint8_t>(visible), as_ptr<const T>(scale),
                                     as_ptr<const T>(offset), scale_step, offset_step, as_ptr<int64_t>(tokens), n,
                                     joints, static_cast<T>(canvas), static_cast<T>(bins - 1), threads});
 }

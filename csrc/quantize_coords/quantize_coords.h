@@ -11,21 +11,20 @@
 
 namespace m4k {
 
+// The token of canvas coordinate c: clamp(round_half_even(c / canvas * (bins - 1)), 0, bins - 1), 0 for a non-finite c.
+// int32_t holds it because bins <= 2^24.
 template <typename T>
-struct QuantizedCoord {
-    int64_t token;
-    bool inside;  // finite and within [0, canvas]
-};
-
-// token = clamp(round_half_even(c / canvas * (bins - 1)), 0, bins - 1), 0 for a non-finite c.
-template <typename T>
-M4K_HD QuantizedCoord<T> quantize_coord(T xy, T scale, T offset, T canvas, T max_token) {
-    const T c = xy * scale + offset;
-    // Both comparisons are false for NaN, so NaN takes the lower bound like every other non-finite value.
+M4K_HD int32_t coord_token(T c, T canvas, T max_token) {
     T t = std::rint(c / canvas * max_token);
-    t = t > T(0) ? (t < max_token ? t : max_token) : T(0);
-    const bool finite = c - c == T(0);
-    return {finite ? static_cast<int64_t>(t) : int64_t{0}, finite && c >= T(0) && c <= canvas};
+    t = t > T(0) ? t : T(0);  // also takes NaN, for which the comparison is false
+    t = t < max_token ? t : max_token;
+    return static_cast<int32_t>(c - c == T(0) ? t : T(0));
+}
+
+// 1 where c is finite and within [0, canvas].
+template <typename T>
+M4K_HD int32_t coord_inside(T c, T canvas) {
+    return (c >= T(0) ? 1 : 0) & (c <= canvas ? 1 : 0);  // canvas is finite, and NaN fails both
 }
 
 template <typename T>
@@ -33,12 +32,13 @@ M4K_HD T dequantize_coord(int64_t token, T canvas, T max_token) {
     return static_cast<T>(token) / max_token * canvas;
 }
 
-// Shapes: xy (n, joints, 2) contiguous; visible (n, joints); scale, offset (n, 2) or (2,) when their step is 0;
+// Shapes: xy (n, joints, 2) contiguous; visible (n, joints); scale, offset (n, 2), or (2,) when their step is 0,
+// or null for 1 and 0;
 // tokens (n, 3 * joints).
 template <typename T>
 struct QuantizeArgs {
     const T* xy;
-    const bool* visible;
+    const uint8_t* visible;  // torch.bool: a byte of 0 or 1
     const T* scale;
     const T* offset;
     int64_t scale_step;  // elements from one sample's scale to the next: 2 or 0

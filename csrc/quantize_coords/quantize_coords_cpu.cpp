@@ -8,21 +8,52 @@ namespace {
 // Below this many joints a second thread costs more than it saves (about 5 us to wake a thread, 1 ns a joint).
 constexpr int64_t kMinJointsPerThread = 8192;
 
+// A block of joints whose size is known to the compiler, so that it vectorises without a remainder loop.
+constexpr int64_t kBlock = 8;
+
+template <typename T>
+struct Affine {
+    T scale_x, scale_y, offset_x, offset_y;
+};
+
+template <typename T>
+inline __attribute__((always_inline)) void quantize_joints(const QuantizeArgs<T>& a, const Affine<T>& affine,
+                                                           const T* __restrict xy, const uint8_t* __restrict visible,
+                                                           int64_t* __restrict out, int64_t count) {
+    const T canvas = a.canvas, max_token = a.max_token;
+    int64_t* __restrict out_y = out + a.joints;
+    int64_t* __restrict out_seen = out + 2 * a.joints;
+    for (int64_t j = 0; j < count; ++j) {
+        const T x = xy[2 * j] * affine.scale_x + affine.offset_x;
+        const T y = xy[2 * j + 1] * affine.scale_y + affine.offset_y;
+        out[j] = coord_token(x, canvas, max_token);
+        out_y[j] = coord_token(y, canvas, max_token);
+        out_seen[j] = visible[j] & coord_inside(x, canvas) & coord_inside(y, canvas);
+    }
+}
+
 template <typename T>
 void quantize_sample(const QuantizeArgs<T>& a, int64_t i) {
     const int64_t joints = a.joints;
+    Affine<T> affine{T(1), T(1), T(0), T(0)};
+    if (a.scale != nullptr) {
+        affine.scale_x = a.scale[i * a.scale_step];
+        affine.scale_y = a.scale[i * a.scale_step + 1];
+    }
+    if (a.offset != nullptr) {
+        affine.offset_x = a.offset[i * a.offset_step];
+        affine.offset_y = a.offset[i * a.offset_step + 1];
+    }
     const T* xy = a.xy + i * joints * 2;
-    const bool* visible = a.visible + i * joints;
-    const T* scale = a.scale + i * a.scale_step;
-    const T* offset = a.offset + i * a.offset_step;
-    const T sx = scale[0], sy = scale[1], ox = offset[0], oy = offset[1];
+    const uint8_t* visible = a.visible + i * joints;
     int64_t* out = a.tokens + i * 3 * joints;
-    for (int64_t j = 0; j < joints; ++j) {
-        const auto x = quantize_coord<T>(xy[2 * j], sx, ox, a.canvas, a.max_token);
-        const auto y = quantize_coord<T>(xy[2 * j + 1], sy, oy, a.canvas, a.max_token);
-        out[j] = x.token;
-        out[joints + j] = y.token;
-        out[2 * joints + j] = visible[j] & x.inside & y.inside;
+    if (joints < kBlock) {
+        quantize_joints(a, affine, xy, visible, out, joints);
+        return;
+    }
+    for (int64_t j = 0; j < joints; j += kBlock) {
+        const int64_t at = j + kBlock <= joints ? j : joints - kBlock;  // the last block overlaps the one before
+        quantize_joints(a, affine, xy + 2 * at, visible + at, out + at, kBlock);
     }
 }
 

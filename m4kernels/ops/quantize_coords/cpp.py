@@ -17,23 +17,22 @@ def quantize_coords(
     """xy (..., J, 2), visible (..., J), scale and offset broadcastable to (..., 2) → int64 (..., 3 J)."""
     dtype = compute_dtype(xy.dtype)
     batch, joints = xy.shape[:-2], xy.shape[-2]
-    samples = batch.numel()
     xy = xy.to(dtype).contiguous()
     visible = visible.contiguous()
-    scale, scale_step = _per_sample(scale, 1.0, batch, dtype)
-    offset, offset_step = _per_sample(offset, 0.0, batch, dtype)
+    scale, scale_step = _per_sample(scale, batch, dtype)
+    offset, offset_step = _per_sample(offset, batch, dtype)
     tokens = torch.empty((*batch, 3 * joints), dtype=torch.int64)
     extension = _ext.require()
     kernel = extension.quantize_coords_f64 if dtype == torch.float64 else extension.quantize_coords_f32
     kernel(
         xy.data_ptr(),
         visible.data_ptr(),
-        scale.data_ptr(),
-        offset.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if offset is None else offset.data_ptr(),
         scale_step,
         offset_step,
         tokens.data_ptr(),
-        samples,
+        batch.numel(),
         joints,
         canvas,
         bins,
@@ -61,10 +60,10 @@ def dequantize_coords(tokens: Tensor, canvas: float, bins: int) -> tuple[Tensor,
     return xy, visible
 
 
-def _per_sample(value: Tensor | None, default: float, batch: torch.Size, dtype: torch.dtype) -> tuple[Tensor, int]:
+def _per_sample(value: Tensor | None, batch: torch.Size, dtype: torch.dtype) -> tuple[Tensor | None, int]:
     """(contiguous values, elements from one sample's pair to the next: 2, or 0 when all samples share one pair)."""
     if value is None:
-        return torch.full((2,), default, dtype=dtype), 0
+        return None, 0
     value = value.to(dtype)
     if value.shape[:-1].numel() == 1:
         return value.reshape(-1).expand(2).contiguous(), 0
