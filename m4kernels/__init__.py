@@ -1,6 +1,7 @@
 """Fast kernels for masked multimodal models: each op is one function with a plain PyTorch reference."""
 
 from m4kernels._version import __version__
+from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
 from m4kernels.ops.quantize_coords.api import dequantize_coords, quantize_coords
 from m4kernels.segments import MaskedBatch, PackedTokens, Segments
 
@@ -9,6 +10,7 @@ __all__ = [
     "PackedTokens",
     "Segments",
     "__version__",
+    "cross_modal_attention",
     "dequantize_coords",
     "quantize_coords",
 ]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from m4kernels import _ext
-from m4kernels.ops.quantize_coords.reference import compute_dtype
+from m4kernels._dtypes import compute_dtype
 
 
 def can_run(*_args: object) -> None:

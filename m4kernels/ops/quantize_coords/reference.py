@@ -3,14 +3,11 @@
 import torch
 from torch import Tensor
 
+from m4kernels._dtypes import compute_dtype
+
 
 def can_run(*_args: object) -> None:
     """The reference runs everywhere."""
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The arithmetic's dtype: float64 stays, every other float is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def quantize_coords(
