@@ -2,15 +2,18 @@
 
 from m4kernels._version import __version__
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
+from m4kernels.ops.linear_cross_entropy.api import LinearCrossEntropyOutput, linear_cross_entropy
 from m4kernels.ops.quantize_coords.api import dequantize_coords, quantize_coords
 from m4kernels.segments import MaskedBatch, PackedTokens, Segments
 
 __all__ = [
+    "LinearCrossEntropyOutput",
     "MaskedBatch",
     "PackedTokens",
     "Segments",
     "__version__",
     "cross_modal_attention",
     "dequantize_coords",
+    "linear_cross_entropy",
     "quantize_coords",
 ]

@@ -1,7 +1,11 @@
 """Assertions shared by tests and benchmarks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 def assert_within_error_budget(
@@ -31,3 +35,18 @@ def assert_within_error_budget(
     assert error <= factor * allowed + tiny, (
         f"{what}: error {error:.3e} exceeds {factor} x {allowed:.3e} (plain PyTorch) + {tiny:.1e}"
     )
+
+
+def peak_extra_memory(function: Callable[[], Any]) -> int:
+    """The most bytes of tensors that `function` holds at any time beyond those that live when it is called, its result
+    included: as torch's CPU allocator sees them, temporaries inside operators and all."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = function()
+    assert record.profiler is not None
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

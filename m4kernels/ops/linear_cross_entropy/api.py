@@ -1,0 +1,150 @@
+"""Public function linear_cross_entropy, and its registration with torch.library: schema, fake, autograd."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from m4kernels._library import register, register_autograd
+from m4kernels.dispatch import Dispatcher
+from m4kernels.ops.linear_cross_entropy.arguments import OP, LossArguments
+
+dispatcher = Dispatcher(OP, ("reference",))
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """What `linear_cross_entropy` returns."""
+
+    loss: Tensor  # ()
+    nll: Tensor  # (T,)
+    correct: Tensor  # (T,)
+
+
+def linear_cross_entropy(
+    x: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (T,)
+    *,
+    token_weight: Tensor | None = None,  # (T,)
+    vocab_limit: Tensor | None = None,  # (T,)
+    ignore_index: int = -100,
+    max_workspace_bytes: int = 268435456,
+    backend: str | None = None,
+) -> LinearCrossEntropyOutput:
+    """`F.cross_entropy(x @ weight.T, targets)` without ever holding the (T, V) logits.
+
+    With z = x · weightᵀ and L_t = vocab_limit[t]: nll[t] = log Σ_{v < L_t} exp z[t, v] - z[t, targets[t]], 0 where
+    targets[t] is `ignore_index`; loss = Σ_t token_weight[t] · nll[t]. An ignored token influences nothing, whatever its
+    x, token_weight and vocab_limit hold. Without any valid token the loss and the gradients are 0.
+
+    Tokens are handled in chunks, and the gradients are computed in the forward pass while a chunk's logits exist, if x
+    or weight requires one; the backward pass only multiplies them by the gradient of the loss. So they occupy memory
+    from the forward pass on, and second derivatives raise a RuntimeError.
+
+    Products are accumulated, and loss, nll and gradients are held, in float32 (float64 for float64 inputs); each
+    gradient is rounded once, to the dtype of its input. Under `torch.autocast` x and weight may differ in dtype: both
+    are rounded to the autocast dtype for the products, and a float32 weight receives its gradient in full float32.
+    NaN or infinity in the x of a token, or in weight, makes the affected losses and gradients NaN.
+
+    Args:
+        x: float32, float64, bfloat16 or float16.
+        weight: the same dtype as x (any floating dtype under autocast); V >= 1 classes.
+        targets: int64, class of each token, or `ignore_index`.
+        token_weight: floating, each token's factor in the loss; default 1 / number of valid tokens, the mean. It gets
+            no gradient.
+        vocab_limit: int32 or int64, at most V: token t can only be of a class below vocab_limit[t]; default V.
+        ignore_index: the target of tokens that do not count.
+        max_workspace_bytes: bound on the extra memory, gradients aside.
+        backend: "reference"; default the fastest that can run.
+
+    Returns:
+        loss () in float32 (float64 for float64 inputs), differentiable in x and weight; nll (T,) in the same dtype and
+        correct bool (T,), both detached. correct: the target is the most likely class below the limit, the lowest
+        such class where several are equal; False where ignored.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, a target lies outside [0, vocab_limit), a limit exceeds V, or
+            the workspace does not hold one token; the message names the argument and the token. On a GPU the values
+            are checked by a device assertion, which costs no synchronisation.
+    """
+    gradients = torch.is_grad_enabled()
+    if gradients and token_weight is not None and token_weight.requires_grad:
+        raise ValueError(f"{OP}: token_weight requires grad, but the loss is not differentiable in it; detach it")
+    compute_dtype = None
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(x.device.type)
+    loss, nll, correct, _, _ = torch.ops.m4kernels.linear_cross_entropy(
+        x,
+        weight,
+        targets,
+        token_weight,
+        vocab_limit,
+        ignore_index,
+        max_workspace_bytes,
+        compute_dtype,
+        gradients and x.requires_grad,
+        gradients and weight.requires_grad,
+        backend or "",
+    )
+    return LinearCrossEntropyOutput(loss, nll, correct)
+
+
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, backend = rest
+    call = LossArguments(x, *arguments)
+    call.check_structure()
+    # The products are in the dtype that the call asks for: autocast must not touch those inside.
+    device = x.device.type
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with plain:
+        call.check_values()
+        return dispatcher.select(backend, x, call).linear_cross_entropy(call)
+
+
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    call = LossArguments(x, *rest[:-1])
+    call.check_structure()
+    dtype = call.result_dtype
+    return (
+        x.new_empty((), dtype=dtype),
+        x.new_empty(x.shape[:1], dtype=dtype),
+        x.new_empty(x.shape[:1], dtype=torch.bool),
+        x.new_empty(x.shape if call.x_grad else (0,), dtype=dtype),
+        x.new_empty(call.weight.shape if call.weight_grad else (0,), dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    call = LossArguments(*inputs[:-1])
+    _, nll, correct, dx, dweight = output
+    ctx.mark_non_differentiable(nll, correct, dx, dweight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dx if call.x_grad else None, dweight if call.weight_grad else None)
+    ctx.dtypes = (call.x.dtype, call.weight.dtype)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: the saved gradients would pass for constants
+        raise RuntimeError(f"{OP}: second derivatives are not implemented (backward was called with create_graph=True)")
+    gradients: list[Tensor | None] = []
+    for name, needed, saved, dtype in zip(
+        ("x", "weight"), ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.dtypes, strict=True
+    ):
+        if not needed or grad_loss is None:
+            gradients.append(None)
+        elif saved is None:
+            raise RuntimeError(f"{OP}: {name} requires grad, but the op was called with {name}_grad=False")
+        else:
+            gradients.append((saved * grad_loss).to(dtype))
+    return (*gradients, *[None] * 9)
+
+
+register(
+    f"{OP}(Tensor x, Tensor weight, Tensor targets, Tensor? token_weight, Tensor? vocab_limit, int ignore_index,"
+    " int max_workspace_bytes, ScalarType? compute_dtype, bool x_grad, bool weight_grad, str backend)"
+    " -> (Tensor loss, Tensor nll, Tensor correct, Tensor dx, Tensor dweight)",
+    _forward,
+    _fake,
+)
+register_autograd(OP, _backward, _setup_context)

@@ -1,0 +1,111 @@
+"""The arguments of one linear_cross_entropy call, checked; what every backend receives."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OP = "linear_cross_entropy"
+
+
+@dataclass(frozen=True)
+class LossArguments:
+    """One call of the op; shapes as in `api.linear_cross_entropy`.
+
+    Args:
+        compute_dtype: the dtype that x and weight are rounded to before they are multiplied; None for their own.
+        x_grad, weight_grad: whether the gradient with respect to x, to weight, is wanted.
+    """
+
+    x: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (T,)
+    token_weight: Tensor | None  # (T,)
+    vocab_limit: Tensor | None  # (T,)
+    ignore_index: int
+    max_workspace_bytes: int
+    compute_dtype: torch.dtype | None
+    x_grad: bool
+    weight_grad: bool
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """What the matrix products multiply."""
+        return self.x.dtype if self.compute_dtype is None else self.compute_dtype
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """What sums, loss and gradients are held in: float64 for float64 operands, else float32."""
+        return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
+
+    def check_structure(self) -> None:
+        """Raise ValueError where shapes, dtypes or devices do not fit; reads no values."""
+        x, weight = self.x, self.weight
+        for name, matrix, shape in (("x", x, "(T, D)"), ("weight", weight, "(V, D)")):
+            if matrix.dim() != 2:
+                raise ValueError(f"{OP}: {name} must have shape {shape}, got {tuple(matrix.shape)}")
+            if not matrix.is_floating_point():
+                raise ValueError(f"{OP}: {name} must be floating, got {matrix.dtype}")
+        if x.shape[1] != weight.shape[1]:
+            raise ValueError(f"{OP}: x has D = {x.shape[1]}, weight has D = {weight.shape[1]}; expected the same")
+        if weight.shape[0] < 1:
+            raise ValueError(f"{OP}: weight must have at least one class, got {tuple(weight.shape)}")
+        if self.compute_dtype is None and x.dtype != weight.dtype:
+            raise ValueError(f"{OP}: x is {x.dtype}, weight {weight.dtype}; expected the same dtype")
+        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
+            raise ValueError(f"{OP}: compute_dtype must be floating, got {self.compute_dtype}")
+        tokens = (x.shape[0],)
+        for name, vector in (
+            ("targets", self.targets),
+            ("token_weight", self.token_weight),
+            ("vocab_limit", self.vocab_limit),
+        ):
+            if vector is not None and vector.shape != tokens:
+                raise ValueError(f"{OP}: {name} must have shape {tokens}, got {tuple(vector.shape)}")
+        if self.targets.dtype != torch.int64:
+            raise ValueError(f"{OP}: targets must be torch.int64, got {self.targets.dtype}")
+        if self.token_weight is not None and not self.token_weight.is_floating_point():
+            raise ValueError(f"{OP}: token_weight must be floating, got {self.token_weight.dtype}")
+        if self.vocab_limit is not None and self.vocab_limit.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{OP}: vocab_limit must be torch.int32 or torch.int64, got {self.vocab_limit.dtype}")
+        for name, tensor in (
+            ("weight", weight),
+            ("targets", self.targets),
+            ("token_weight", self.token_weight),
+            ("vocab_limit", self.vocab_limit),
+        ):
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"{OP}: {name} is on {tensor.device}, x on {x.device}; expected one device")
+
+    def check_values(self) -> None:
+        """Refuse targets and limits out of range: on the CPU with a ValueError that names the token, elsewhere with a
+        device assertion, which waits for nothing."""
+        classes = self.weight.shape[0]
+        valid = self.targets != self.ignore_index
+        limit: Tensor | int = classes if self.vocab_limit is None else self.vocab_limit
+        wrong = valid & ((self.targets < 0) | (self.targets >= limit))
+        if self.vocab_limit is not None:
+            wrong |= valid & (self.vocab_limit > classes)
+        if self.x.device.type != "cpu":
+            torch._assert_async(
+                ~wrong.any(), f"{OP}: a target is outside [0, vocab_limit) or a vocab_limit exceeds {classes} classes"
+            )
+            return
+        if not bool(wrong.any()):
+            return
+        t = int(wrong.nonzero()[0])
+        token_limit = classes if self.vocab_limit is None else int(self.vocab_limit[t])
+        if token_limit > classes:
+            raise ValueError(f"{OP}: vocab_limit[{t}] is {token_limit}, but weight has only {classes} classes")
+        raise ValueError(
+            f"{OP}: targets[{t}] is {int(self.targets[t])}; expected 0 <= target < {token_limit} (vocab_limit of that "
+            f"token), or {self.ignore_index} to ignore it"
+        )
+
+    def require_workspace(self, minimum: int) -> None:
+        """Raise ValueError unless `max_workspace_bytes` is at least `minimum`, what one token at a time needs."""
+        if self.max_workspace_bytes < minimum:
+            raise ValueError(
+                f"{OP}: max_workspace_bytes is {self.max_workspace_bytes}, but {self.x.shape[0]} tokens over "
+                f"{self.weight.shape[0]} classes of dimension {self.weight.shape[1]} need at least {minimum}"
+            )
