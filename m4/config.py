@@ -318,6 +318,10 @@ def _check(c: TrainConfig) -> None:
     require(c.model.dim % 2 == 0, "model.dim", "an even value (sine and cosine halves of the position embedding)")
     require(finite(c.model.mlp_ratio) and c.model.mlp_ratio > 0, "model.mlp_ratio", "a value above 0")
 
+    attention = c.model.attention
+    known = isinstance(attention, dict) and set(attention) <= {"encoder", "decoder", "cross"}
+    require(attention is None or known, "model.attention", "null, or a section of encoder, decoder and cross")
+
     require(c.dtype in ("fp32", "bf16"), "dtype", "fp32 or bf16")
     require(c.kernels in ("auto", "reference", "reference-matmul"), "kernels", "auto, reference or reference-matmul")
     devices = r"auto|cpu|cuda(:\d+)?"

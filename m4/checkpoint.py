@@ -1,0 +1,305 @@
+"""Checkpoints of a run, written so that a kill at any instant leaves a whole one; and import of nano4M's weights."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import pickle
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import m4kernels
+from m4.config import TrainConfig, config_from_dict, config_to_dict
+from m4.model import M4, ModelConfig
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE, STATE_FILE, META_FILE = "model.safetensors", "state.pt", "meta.json"
+FORMAT = 1
+
+# What may change between a checkpoint and the run that resumes it. Everything else shapes the trajectory.
+FREE_KEYS = {
+    "run_name",
+    "output_dir",
+    "device",
+    "compile",
+    "kernels",
+    "stop_after_steps",
+    "training_time",
+    "keep_ckpts",
+    "save_ckpt_freq",
+    "eval_freq",
+    "eval_samples",
+    "eval_seed",
+}
+FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
+BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, the samples a step
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or resumed: the message says which, why, and what to do."""
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    state: dict[str, Any],
+    config: TrainConfig,
+    *,
+    data_fingerprint: str,
+    samples_per_step: int,
+) -> Path:
+    """Write ``checkpoints/step-XXXXXXXX`` and drop all but the newest ``keep_ckpts``.
+
+    The folder is written under a temporary name, flushed to disk and renamed, so it is either absent or whole.
+
+    Args:
+        state: optimizer, loop and random state: anything ``torch.load(weights_only=True)`` reads.
+    Raises:
+        CheckpointError: the disk is full or cannot be written; what was saved before is untouched.
+    """
+    folder = run_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    clean_temporaries(run_dir)
+    final, temporary = _step_dir(run_dir, step), folder / f".tmp-{step:08d}-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, temporary / MODEL_FILE)
+        with open(temporary / STATE_FILE, "wb") as file:
+            torch.save(state, file)
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "samples_per_step": samples_per_step,
+            "data_fingerprint": data_fingerprint,
+            "config": config_to_dict(config),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": numpy.__version__,
+                "m4kernels": m4kernels.__version__,
+            },
+            "files": {name: _digest(temporary / name) for name in (MODEL_FILE, STATE_FILE)},
+        }
+        (temporary / META_FILE).write_text(json.dumps(meta, indent=1))
+        for name in (MODEL_FILE, STATE_FILE, META_FILE):
+            _flush(temporary / name)
+        _flush(temporary)
+        if final.exists():  # a damaged one of the same step
+            _remove(final)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # torch and safetensors wrap a failed write in errors of their own.
+        if not isinstance(error, OSError) and not re.search(r"os error|writ", str(error), re.IGNORECASE):
+            raise
+        free = shutil.disk_usage(folder).free / 1e9
+        raise CheckpointError(
+            f"{final}: cannot be written: {error}; the unfinished copy is removed and earlier checkpoints are intact. "
+            f"{free:.2f} GB are free there: make room (or set output_dir) and start the same command again"
+        ) from error
+    older = sorted(path for path in _step_dirs(run_dir) if path.name <= final.name)
+    for path in older[: -config.keep_ckpts]:
+        _remove(path)
+    return final
+
+
+def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest undamaged checkpoint of a run and its meta data, or None; each damaged one is reported in the log."""
+    for path in sorted(_step_dirs(run_dir), reverse=True):
+        try:
+            return path, _read_meta(path)
+        except CheckpointError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
+    return None
+
+
+def check_same_run(
+    path: Path, meta: dict[str, Any], config: TrainConfig, *, data_fingerprint: str, samples_per_step: int
+) -> None:
+    """Raise `CheckpointError` naming the first setting in which the checkpoint is of another run."""
+    saved, now = _trajectory(meta["config"]), _trajectory(config_to_dict(config))
+    differences = [(key, saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]]
+    if meta["samples_per_step"] != samples_per_step:
+        differences.append(
+            ("samples a step (batch_size times accumulation)", meta["samples_per_step"], samples_per_step)
+        )
+    if meta["data_fingerprint"] != data_fingerprint:
+        differences.append(("data fingerprint", meta["data_fingerprint"], data_fingerprint))
+    if differences:
+        key, before, after = differences[0]
+        more = (
+            f" (and {len(differences) - 1} more: {', '.join(d[0] for d in differences[1:])})" if differences[1:] else ""
+        )
+        raise CheckpointError(
+            f"{path}: checkpoint of another run: {key} is {before!r} there and {after!r} now{more}; "
+            f"set it back to resume, or start a new run with run_name=NAME"
+        )
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the weights into ``model`` (in place) and return the ``state`` given to `save_checkpoint`."""
+    load_weights(path, model)
+    return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint folder into ``model``, in place."""
+    _load_matching(load_file(path / MODEL_FILE), model, str(path / MODEL_FILE))
+
+
+def load_run(run_dir: str | Path) -> tuple[TrainConfig, Path]:
+    """The configuration of a run as saved in its newest whole checkpoint, and that checkpoint's folder."""
+    found = newest_whole(Path(run_dir))
+    if found is None:
+        raise CheckpointError(f"{run_dir}: holds no whole checkpoint (checkpoints/step-…); train the run first")
+    path, meta = found
+    return config_from_dict(meta["config"]), path
+
+
+def clean_temporaries(run_dir: Path) -> None:
+    """Remove what a killed process left half written or half deleted."""
+    for path in (run_dir / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(path)
+
+
+def load_nano4m(source: str | Path | dict[str, torch.Tensor], config: ModelConfig) -> M4:
+    """An `M4` with the weights of a nano4M model.
+
+    Args:
+        source: a ``.safetensors`` file; a ``.pth`` file (``torch.save`` of a state dict, or of a dict that holds it
+            under ``model``); or the state dict itself. Names and shapes are nano4M's. LayerNorm ``bias`` buffers
+            are accepted where they are zero.
+    Raises:
+        ValueError: the file cannot be read, or keys are missing, unexpected or of another shape (all are listed).
+    """
+    where = "state dict" if isinstance(source, dict) else str(source)
+    weights = source if isinstance(source, dict) else _read_weights(Path(source))
+    for prefix in ("_orig_mod.", "module."):  # torch.compile and DistributedDataParallel
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    model = M4(config)
+    expected = model.state_dict()
+    kept = {}
+    for name, tensor in weights.items():
+        if name not in expected and re.search(r"norm\w*\.bias$", name):
+            if torch.count_nonzero(tensor):
+                raise CheckpointError(
+                    f"{where}: {name}: expected a zero LayerNorm bias, got non-zero values; "
+                    "the model here has no LayerNorm biases"
+                )
+        else:
+            kept[name] = tensor
+    kept.setdefault("pos_emb", model.pos_emb)  # a formula, which some exports leave out
+    _load_matching(kept, model, where)
+    return model
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # nano4M stores its arguments beside the weights
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: cannot be read as weights: {reason}; "
+            "expected a .safetensors file, or a torch.save of tensors only"
+        ) from error
+    weights = held.get("model", held) if isinstance(held, dict) else held
+    if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
+        raise CheckpointError(f"{path}: expected a state dict, or a dict with one under 'model'")
+    return weights
+
+
+def _load_matching(weights: dict[str, torch.Tensor], model: nn.Module, where: str) -> None:
+    """Load by name; one error lists every missing, unexpected and wrong-shaped key."""
+    expected = model.state_dict()
+    faults = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in weights]
+    for name, tensor in weights.items():
+        if name not in expected:
+            faults.append(f"unexpected {name} {tuple(tensor.shape)}")
+        elif tensor.shape != expected[name].shape:
+            faults.append(f"{name}: expected shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
+    if faults:
+        raise CheckpointError(f"{where}: does not fit the model: {'; '.join(faults)}")
+    model.load_state_dict(weights)
+
+
+def _trajectory(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key → value of what must not change on resuming."""
+    flat = {}
+    for key, value in config.items():
+        if key in FREE_KEYS | FREE_SECTIONS | BATCH_KEYS:
+            continue
+        flat.update({f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value})
+    return flat
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """Meta data of a checkpoint whose files are all there, of the right size and content."""
+    try:
+        meta = json.loads((path / META_FILE).read_text())
+        files = meta["files"]
+        if meta["format"] != FORMAT:
+            raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {meta['format']}")
+        for name in (MODEL_FILE, STATE_FILE):
+            size = (path / name).stat().st_size
+            if size != files[name]["bytes"]:
+                raise CheckpointError(f"{path / name}: expected {files[name]['bytes']} bytes, got {size}")
+            if _digest(path / name) != files[name]:
+                raise CheckpointError(f"{path / name}: content does not match its checksum")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / META_FILE}: cannot be read ({error})") from None
+    return meta
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that a kill midway leaves a temporary, not a broken checkpoint."""
+    doomed = path.with_name(f".tmp-old-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _step_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def _step_dirs(run_dir: Path) -> list[Path]:
+    return [p for p in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
