@@ -124,7 +124,7 @@ class NinjaBuild(build_ext):
         includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
         # Contraction into FMA would make backends differ in the last bit; kernels that want FMA ask for it by name.
         common = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        common += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+        common += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
         common += [
             f"-DM4K_VERSION={VERSION}",
             f"-DM4K_X86={int(len(levels) > 1)}",

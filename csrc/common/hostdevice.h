@@ -4,5 +4,5 @@
 #if defined(__CUDACC__)
 #define M4K_HD __host__ __device__ __forceinline__
 #else
-#define M4K_HD inline
+#define M4K_HD inline __attribute__((always_inline))
 #endif

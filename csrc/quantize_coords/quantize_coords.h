@@ -11,20 +11,36 @@
 
 namespace m4k {
 
-// The token of canvas coordinate c: clamp(round_half_even(c / canvas * (bins - 1)), 0, bins - 1), 0 for a non-finite c.
-// int32_t holds it because bins <= 2^24.
-template <typename T>
-M4K_HD int32_t coord_token(T c, T canvas, T max_token) {
-    T t = std::rint(c / canvas * max_token);
-    t = t > T(0) ? t : T(0);  // also takes NaN, for which the comparison is false
-    t = t < max_token ? t : max_token;
-    return static_cast<int32_t>(c - c == T(0) ? t : T(0));
+// The functions below take T = float or double, or a vector of either (__attribute__((vector_size))): all they use
+// works lane by lane on both.
+
+// Nearest integer, ties to even, for 0 <= t <= 2^24: adding 2^(mantissa bits) makes the addition itself round. From
+// there on every t is an integer already.
+M4K_HD constexpr float rounding_shift(float) { return 8388608.0f; }
+M4K_HD constexpr double rounding_shift(double) { return 4503599627370496.0; }
+
+template <typename T, typename Scalar>
+M4K_HD T round_half_even(T t, Scalar shift) {
+    const T s = T{} + shift;
+    return t < s ? (t + s) - s : t;
 }
 
-// 1 where c is finite and within [0, canvas].
-template <typename T>
-M4K_HD int32_t coord_inside(T c, T canvas) {
-    return (c >= T(0) ? 1 : 0) & (c <= canvas ? 1 : 0);  // canvas is finite, and NaN fails both
+// The token of canvas coordinate c: clamp(round_half_even(c / canvas * (bins - 1)), 0, bins - 1), 0 for a non-finite c.
+// Clamping first gives the same, because the bounds are integers.
+template <typename T, typename Scalar>
+M4K_HD T coord_token(T c, Scalar canvas, Scalar max_token) {
+    const T last = T{} + max_token;
+    T t = c / canvas * max_token;
+    t = t > T{} ? t : T{};  // also takes NaN, for which the comparison is false
+    t = t < last ? t : last;
+    t = c - c == T{} ? t : T{};
+    return round_half_even(t, rounding_shift(max_token));
+}
+
+// True (-1 in a lane of a vector) where c is finite and within [0, canvas].
+template <typename T, typename Scalar>
+M4K_HD auto coord_inside(T c, Scalar canvas) {
+    return (c >= T{}) & (c <= T{} + canvas);  // canvas is finite, and NaN fails both
 }
 
 template <typename T>

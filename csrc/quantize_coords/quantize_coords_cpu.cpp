@@ -8,28 +8,50 @@ namespace {
 // Below this many joints a second thread costs more than it saves (about 5 us to wake a thread, 1 ns a joint).
 constexpr int64_t kMinJointsPerThread = 8192;
 
-// A block of joints whose size is known to the compiler, so that it vectorises without a remainder loop.
+// Joints handled at once: one AVX2 register of floats. Vector types say what loops left to the compiler did not achieve
+// (GCC 12: scalar code, 90 ns a sample of 13 joints).
 constexpr int64_t kBlock = 8;
+template <typename T>
+using Vec __attribute__((vector_size(kBlock * sizeof(T)))) = T;
 
 template <typename T>
 struct Affine {
     T scale_x, scale_y, offset_x, offset_y;
 };
 
+template <typename V, typename T>
+inline __attribute__((always_inline)) V load(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+template <typename V>
+inline __attribute__((always_inline)) void store(int64_t* p, V v) {
+    const auto wide = __builtin_convertvector(v, Vec<int64_t>);
+    __builtin_memcpy(p, &wide, sizeof(wide));
+}
+
 template <typename T>
-inline __attribute__((always_inline)) void quantize_joints(const QuantizeArgs<T>& a, const Affine<T>& affine,
-                                                           const T* __restrict xy, const uint8_t* __restrict visible,
-                                                           int64_t* __restrict out, int64_t count) {
-    const T canvas = a.canvas, max_token = a.max_token;
-    int64_t* __restrict out_y = out + a.joints;
-    int64_t* __restrict out_seen = out + 2 * a.joints;
-    for (int64_t j = 0; j < count; ++j) {
-        const T x = xy[2 * j] * affine.scale_x + affine.offset_x;
-        const T y = xy[2 * j + 1] * affine.scale_y + affine.offset_y;
-        out[j] = coord_token(x, canvas, max_token);
-        out_y[j] = coord_token(y, canvas, max_token);
-        out_seen[j] = visible[j] & coord_inside(x, canvas) & coord_inside(y, canvas);
-    }
+inline __attribute__((always_inline)) void quantize_block(const QuantizeArgs<T>& a, const Affine<T>& affine,
+                                                          const T* xy, const uint8_t* visible, int64_t* out) {
+    const auto low = load<Vec<T>>(xy), high = load<Vec<T>>(xy + kBlock);
+    const Vec<T> x = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14) * affine.scale_x + affine.offset_x;
+    const Vec<T> y = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15) * affine.scale_y + affine.offset_y;
+    store(out, __builtin_convertvector(coord_token(x, a.canvas, a.max_token), Vec<int32_t>));
+    store(out + a.joints, __builtin_convertvector(coord_token(y, a.canvas, a.max_token), Vec<int32_t>));
+    const auto inside = __builtin_convertvector(coord_inside(x, a.canvas) & coord_inside(y, a.canvas), Vec<int32_t>);
+    store(out + 2 * a.joints, __builtin_convertvector(load<Vec<uint8_t>>(visible), Vec<int32_t>) & inside);
+}
+
+template <typename T>
+inline void quantize_joint(const QuantizeArgs<T>& a, const Affine<T>& affine, const T* xy, uint8_t visible,
+                           int64_t* out) {
+    const T x = xy[0] * affine.scale_x + affine.offset_x;
+    const T y = xy[1] * affine.scale_y + affine.offset_y;
+    out[0] = static_cast<int64_t>(coord_token(x, a.canvas, a.max_token));
+    out[a.joints] = static_cast<int64_t>(coord_token(y, a.canvas, a.max_token));
+    out[2 * a.joints] = visible & coord_inside(x, a.canvas) & coord_inside(y, a.canvas);
 }
 
 template <typename T>
@@ -48,12 +70,12 @@ void quantize_sample(const QuantizeArgs<T>& a, int64_t i) {
     const uint8_t* visible = a.visible + i * joints;
     int64_t* out = a.tokens + i * 3 * joints;
     if (joints < kBlock) {
-        quantize_joints(a, affine, xy, visible, out, joints);
+        for (int64_t j = 0; j < joints; ++j) quantize_joint(a, affine, xy + 2 * j, visible[j], out + j);
         return;
     }
     for (int64_t j = 0; j < joints; j += kBlock) {
         const int64_t at = j + kBlock <= joints ? j : joints - kBlock;  // the last block overlaps the one before
-        quantize_joints(a, affine, xy + 2 * at, visible + at, out + at, kBlock);
+        quantize_block(a, affine, xy + 2 * at, visible + at, out + at);
     }
 }
 
