@@ -59,12 +59,14 @@ class Dispatcher:
     def __init__(self, op: str, backends: tuple[str, ...]) -> None:
         self.op = op
         self.backends = backends
-        self._modules: dict[tuple[str, str], ModuleType] = {}
+        self._modules: dict[str, ModuleType] = {}
         self._said: set[str] = set()
 
     def module(self, backend: str) -> ModuleType:
         """The backend's module, imported on first use."""
-        return importlib.import_module(f"m4kernels.ops.{self.op}.{backend}")
+        if backend not in self._modules:
+            self._modules[backend] = importlib.import_module(f"m4kernels.ops.{self.op}.{backend}")
+        return self._modules[backend]
 
     def reason(self, backend: str, *args: Any) -> str | None:
         """Why `backend` cannot run the op on these arguments (the first is a tensor); None when it can."""
