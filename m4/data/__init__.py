@@ -1,0 +1,1 @@
+"""Data: synthesis, preparation, splits and the packed store that training reads."""

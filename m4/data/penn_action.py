@@ -1,0 +1,283 @@
+"""Read and write the Penn Action layout: ``frames/0001/000001.jpg`` and ``labels/0001.mat``.
+
+Coordinates in labels are MATLAB pixels: the centre of the top-left pixel is (1, 1). The continuous pixel coordinates
+used everywhere else put that centre at (0.5, 0.5), so ``continuous = matlab - 0.5``.
+
+Source: Zhang, Zhu, Derpanis, "From Actemes to Action" (ICCV 2013), dataset Penn Action.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+from PIL import Image, UnidentifiedImageError
+from scipy.io.matlab import MatReadError
+
+from m4.data.errors import DataError, data_error
+
+JOINTS = (
+    "head",
+    "left shoulder",
+    "right shoulder",
+    "left elbow",
+    "right elbow",
+    "left wrist",
+    "right wrist",
+    "left hip",
+    "right hip",
+    "left knee",
+    "right knee",
+    "left ankle",
+    "right ankle",
+)
+NUM_JOINTS = len(JOINTS)
+VIEWS = ("front", "back", "left", "right")
+
+# Some label files state 271x481 for 270x480 footage; pixel positions are unaffected by such a margin.
+SIZE_TOLERANCE = 2
+
+_FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+_REQUIRED = ("x", "y", "visibility", "dimensions", "nframes", "action", "pose")
+_BAD_FILE = "Fetch this file again, or leave the video out."
+# Everything scipy.io.loadmat raises on a damaged file (found by cutting and flipping real label files).
+_LOADMAT_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    NotImplementedError,
+    UnboundLocalError,
+    MatReadError,
+    struct.error,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """One annotated sequence of T frames.
+
+    x, y: float64 (T, 13), MATLAB pixels. visible: bool (T, 13); a joint with a non-finite coordinate is invisible.
+    bbox: float64 (T, 4) or None where the file's boxes do not match its frames (the pipeline does not use them).
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    visible: np.ndarray
+    height: int
+    width: int
+    action: str
+    view: str
+    train: bool
+    bbox: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def continuous(self, frame: int) -> np.ndarray:
+        """Joints of one frame (counted from 0), float64 (13, 2), continuous pixel coordinates."""
+        return np.stack([self.x[frame], self.y[frame]], axis=-1) - 0.5
+
+
+@dataclass(frozen=True)
+class Video:
+    """A sequence whose label has been read and whose frames exist, one file per labelled frame."""
+
+    name: str
+    label: Label
+    frames: tuple[Path, ...]
+
+    def image(self, frame: int) -> Image.Image:
+        """Frame ``frame`` (counted from 0) as RGB. Raises DataError for a file that is no image of the label's size."""
+        image = read_frame(self.frames[frame])
+        width, height = image.size
+        label = self.label
+        if abs(width - label.width) > SIZE_TOLERANCE or abs(height - label.height) > SIZE_TOLERANCE:
+            raise data_error(
+                self.frames[frame],
+                expected=f"{label.width}x{label.height} pixels (dimensions of labels/{self.name}.mat)",
+                actual=f"{width}x{height}",
+                remedy="The joints would not fit the picture: use the original frames, or correct the label.",
+            )
+        return image
+
+
+def read_label(path: str | os.PathLike) -> Label:
+    """Read and check one label file. Raises DataError naming the file, what was expected, and what to do."""
+    path = Path(path)
+    fields = _load_mat(path)
+    missing = [key for key in _REQUIRED if key not in fields]
+    if missing:
+        raise data_error(
+            path,
+            expected=f"the fields {', '.join(_REQUIRED)}",
+            actual=f"no {', '.join(missing)}",
+            remedy=_BAD_FILE,
+        )
+    frames = int(_numbers(path, fields, "nframes", shape=(1,))[0])
+    dimensions = _numbers(path, fields, "dimensions", shape=(3,))
+    if not np.isfinite(dimensions).all() or dimensions.min() < 1 or dimensions[2] != frames:
+        raise data_error(
+            path,
+            expected=f"dimensions [height width {frames}] with positive sizes",
+            actual=dimensions.tolist(),
+            remedy=_BAD_FILE,
+        )
+    x = _numbers(path, fields, "x", shape=(frames, NUM_JOINTS))
+    y = _numbers(path, fields, "y", shape=(frames, NUM_JOINTS))
+    visibility = _numbers(path, fields, "visibility", shape=(frames, NUM_JOINTS))
+    visible = (visibility > 0) & np.isfinite(x) & np.isfinite(y)
+    bbox = np.asarray(fields["bbox"]) if "bbox" in fields else None
+    if bbox is not None and (bbox.shape != (frames, 4) or bbox.dtype.kind not in "biuf"):
+        bbox = None
+    return Label(
+        x=x,
+        y=y,
+        visible=visible,
+        height=int(dimensions[0]),
+        width=int(dimensions[1]),
+        action=_text(path, fields, "action"),
+        view=_text(path, fields, "pose"),
+        train=bool(np.asarray(fields.get("train", 1)).ravel()[:1] == 1),
+        bbox=None if bbox is None else bbox.astype(np.float64),
+    )
+
+
+def write_label(path: str | os.PathLike, label: Label) -> None:
+    """Write ``label`` with the fields, shapes and dtypes of a Penn Action label file (byte-identical when repeated)."""
+    frames = len(label)
+    bbox = label.bbox if label.bbox is not None else np.zeros((frames, 4))
+    fields = {
+        "action": np.array([label.action]),
+        "pose": np.array([label.view]),
+        "x": label.x.astype(np.float64),
+        "y": label.y.astype(np.float64),
+        "visibility": label.visible.astype(np.uint8),
+        "train": np.array([[1 if label.train else -1]], dtype=np.int32),
+        "bbox": bbox.astype(np.float64),
+        "dimensions": np.array([[label.height, label.width, frames]], dtype=np.uint16),
+        "nframes": np.array([[frames]], dtype=np.uint16),
+    }
+    with open(path, "wb") as file:
+        scipy.io.savemat(file, fields)
+        # The header carries the time of writing; a fixed text makes equal labels equal files.
+        file.seek(0)
+        file.write(b"MATLAB 5.0 MAT-file, Penn Action layout".ljust(116))
+
+
+def list_videos(root: str | os.PathLike) -> list[str]:
+    """Names of all sequences that have a label file or a frames folder, sorted. Raises DataError for a wrong root."""
+    root = Path(root)
+    if not root.is_dir():
+        raise data_error(
+            root, expected="a folder in the Penn Action layout", actual="no such folder", remedy="Check the path."
+        )
+    for part in ("frames", "labels"):
+        if not (root / part).is_dir():
+            raise data_error(
+                root / part,
+                expected="the folders frames/ and labels/ of Penn Action",
+                actual=f"no {part}/ in {root}",
+                remedy="Point --penn-action at the unpacked dataset, or make one: python -m m4.data synth --out DIR.",
+            )
+    labels = {entry.stem for entry in (root / "labels").iterdir() if entry.suffix == ".mat"}
+    folders = {entry.name for entry in (root / "frames").iterdir() if entry.is_dir()}
+    names = sorted(labels | folders)
+    if not names:
+        raise data_error(
+            root,
+            expected="at least one labels/*.mat with its frames folder",
+            actual="none",
+            remedy="Point --penn-action at the unpacked dataset, or make one: python -m m4.data synth --out DIR.",
+        )
+    return names
+
+
+def open_video(root: str | os.PathLike, name: str) -> Video:
+    """Read the label of sequence ``name`` and find its frames. Raises DataError where the two disagree."""
+    root = Path(root)
+    label_path, folder = root / "labels" / f"{name}.mat", root / "frames" / name
+    if not label_path.is_file():
+        raise data_error(
+            label_path, expected="a label file", actual="none", remedy=f"Add it, or remove {folder} to leave it out."
+        )
+    if not folder.is_dir():
+        raise data_error(
+            folder, expected="a folder of frames", actual="none", remedy=f"Add it, or remove {label_path}."
+        )
+    label = read_label(label_path)
+    frames = tuple(sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_SUFFIXES))
+    if len(frames) != len(label):
+        raise data_error(
+            folder,
+            expected=f"{len(label)} frames (nframes of {label_path.name})",
+            actual=f"{len(frames)}",
+            remedy="Unpack the frames again; joints cannot be matched to frames by number.",
+        )
+    return Video(name=name, label=label, frames=frames)
+
+
+def read_frame(path: str | os.PathLike) -> Image.Image:
+    """Decode one frame completely, as RGB. Raises DataError for anything that is not a whole image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise data_error(path, expected="a whole image file", actual=f"{error}", remedy=_BAD_FILE) from error
+
+
+def _load_mat(path: Path) -> dict:
+    if not path.is_file():
+        raise data_error(path, expected="a label file", actual="no such file", remedy="Check the path.")
+    size = path.stat().st_size
+    try:
+        return scipy.io.loadmat(path)
+    except _LOADMAT_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise data_error(
+            path, expected="a readable MATLAB 5 file", actual=f"{size} bytes ({reason})", remedy=_BAD_FILE
+        ) from error
+
+
+def _numbers(path: Path, fields: dict, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    value = np.asarray(fields[key])
+    if value.dtype.kind not in "biuf":
+        raise data_error(path, expected=f"numbers in {key}", actual=f"dtype {value.dtype}", remedy=_BAD_FILE)
+    if len(shape) == 1:
+        value = value.ravel()
+    if value.shape != shape:
+        wanted = f"{shape[0]} frames x {shape[1]} joints" if len(shape) == 2 else f"{shape[0]} values"
+        raise data_error(path, expected=f"{key} with {wanted}", actual=f"shape {value.shape}", remedy=_BAD_FILE)
+    return value.astype(np.float64)
+
+
+def _text(path: Path, fields: dict, key: str) -> str:
+    value = np.asarray(fields[key]).ravel()
+    if value.dtype.kind not in "US" or len(value) == 0:
+        raise data_error(path, expected=f"text in {key}", actual=f"dtype {value.dtype}", remedy=_BAD_FILE)
+    return str(value[0])
+
+
+__all__ = [
+    "JOINTS",
+    "NUM_JOINTS",
+    "VIEWS",
+    "DataError",
+    "Label",
+    "Video",
+    "list_videos",
+    "open_video",
+    "read_frame",
+    "read_label",
+    "write_label",
+]
