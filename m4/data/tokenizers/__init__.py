@@ -1,0 +1,26 @@
+"""Image tokenizers: 256x256 pictures to 16x16 grids of ids and back, all behind one protocol."""
+
+from __future__ import annotations
+
+import os
+
+from m4.data.errors import data_error
+from m4.data.tokenizers.base import ImageTokenizer
+
+TOKENIZERS = ("fsq", "cosmos")
+
+
+def make_tokenizer(name: str, cosmos_dir: str | os.PathLike | None = None) -> ImageTokenizer:
+    """The tokenizer ``name``; ``cosmos_dir`` is the folder of Cosmos' weights. Raises DataError for another name."""
+    if name == "fsq":
+        from m4.data.tokenizers.fsq import FSQTokenizer
+
+        return FSQTokenizer()
+    if name == "cosmos":
+        from m4.data.tokenizers.cosmos import CosmosTokenizer
+
+        return CosmosTokenizer(cosmos_dir)
+    raise data_error("tokenizer", expected=" or ".join(TOKENIZERS), actual=repr(name), remedy="Choose one of these.")
+
+
+__all__ = ["TOKENIZERS", "ImageTokenizer", "make_tokenizer"]
