@@ -1,0 +1,133 @@
+"""Divide samples into train, eval and test."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from m4.data.errors import data_error
+from m4.data.layout import SPLITS
+
+UNITS = ("video", "pair")
+
+
+def split_output_dataset(
+    root: str | os.PathLike,
+    fractions: Sequence[float] = (0.8, 0.1, 0.1),
+    seed: int = 42,
+    unit: str = "video",
+) -> dict[str, int]:
+    """Move every sample of ``root`` to ``train``, ``eval`` or ``test``; return the number of samples in each.
+
+    Samples may lie in ``{root}/{modality}/{pid}`` or already in splits. The outcome depends on the set of samples and
+    the arguments only, so calling it again moves nothing. ``unit="video"`` keeps all pairs of a video together (videos
+    are read from ``{root}/pairs.csv``); ``"pair"`` draws every pair by itself. Units are counted by largest remainder:
+    each split gets its share to within one unit, and none with a positive fraction stays empty while there are units.
+    Raises DataError for bad arguments, a missing or empty root, or a pair whose video is unknown.
+    """
+    root = Path(root)
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise data_error(
+            "fractions",
+            expected=f"{len(SPLITS)} non-negative numbers ({', '.join(SPLITS)}) with sum 1",
+            actual=tuple(fractions),
+            remedy="Correct them.",
+        )
+    if unit not in UNITS:
+        raise data_error("split unit", expected=" or ".join(UNITS), actual=repr(unit), remedy="Choose one of these.")
+    homes = _homes(root)
+    modalities = sorted({modality for modality, _ in homes})
+    pids = sorted({pid for _, pid in homes})
+    if not pids:
+        raise data_error(
+            root, expected="samples (MODALITY/PID/FILE)", actual="none", remedy="Run python -m m4.data prepare first."
+        )
+    groups = _videos(root, pids) if unit == "video" else {pid: [pid] for pid in pids}
+    names = sorted(groups)
+    order = np.random.default_rng(seed).permutation(len(names))
+    counts = _share(len(names), fractions)
+    totals = dict.fromkeys(SPLITS, 0)
+    start = 0
+    for split, count in zip(SPLITS, counts, strict=True):
+        members = [pid for index in order[start : start + count] for pid in groups[names[index]]]
+        start += count
+        totals[split] = len(members)
+        for pid in members:
+            for modality in modalities:
+                _move(homes.get((modality, pid)), root / split / modality / pid)
+    for modality in modalities:
+        unsplit = root / modality
+        if unsplit.is_dir() and not any(unsplit.iterdir()):
+            unsplit.rmdir()
+    return totals
+
+
+def _homes(root: Path) -> dict[tuple[str, str], Path]:
+    """Where every (modality, pid) lies now."""
+    if not root.is_dir():
+        raise data_error(root, expected="a data root", actual="no such folder", remedy="Check the path.")
+    homes: dict[tuple[str, str], Path] = {}
+    for base in (root, *(root / split for split in SPLITS)):
+        for modality in _folders(base):
+            if base == root and modality.name in SPLITS:
+                continue
+            for sample in _folders(modality):
+                first = homes.setdefault((modality.name, sample.name), sample)
+                if first != sample:
+                    raise data_error(
+                        sample, expected="each sample once", actual=f"also {first}", remedy="Remove one of the two."
+                    )
+    return homes
+
+
+def _folders(base: Path) -> list[Path]:
+    if not base.is_dir():
+        return []
+    return sorted(entry for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _videos(root: Path, pids: list[str]) -> dict[str, list[str]]:
+    """Pids by video, from pairs.csv."""
+    path = root / "pairs.csv"
+    if not path.is_file():
+        raise data_error(
+            path,
+            expected="the table pid,video,… that python -m m4.data prepare writes",
+            actual="no such file",
+            remedy='Split with unit "pair", or prepare the data again.',
+        )
+    with open(path, newline="") as file:
+        videos = {row.get("pid"): row.get("video") for row in csv.DictReader(file)}
+    groups: dict[str, list[str]] = {}
+    for pid in pids:
+        video = videos.get(pid)
+        if video is None:
+            raise data_error(path, expected="a row for every sample", actual=f"none for {pid}", remedy="Prepare again.")
+        groups.setdefault(video, []).append(pid)
+    return groups
+
+
+def _share(units: int, fractions: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to ``units``, by largest remainder, none empty that need not be."""
+    exact = [units * fraction for fraction in fractions]
+    counts = [int(value + 1e-9) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: units - sum(counts)]:
+        counts[index] += 1
+    for index, fraction in enumerate(fractions):
+        largest = max(range(len(counts)), key=counts.__getitem__)
+        if fraction > 0 and counts[index] == 0 and counts[largest] > 1:
+            counts[index] += 1
+            counts[largest] -= 1
+    return counts
+
+
+def _move(home: Path | None, destination: Path) -> None:
+    if home is None or home == destination:
+        return
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    home.rename(destination)

@@ -1,0 +1,189 @@
+"""The packed token store that training reads: one uint16 row of Σ max_seq_lens per sample, memory-mapped.
+
+It is built once from ``{root}/{split}/{modality}/{pid}/{file}`` and built anew when any file's name, size or time of
+change differs. Nothing of the preparation code is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from m4.data.errors import DataError, data_error
+from m4.data.files import writable_folder, write_atomically
+from m4.data.layout import TokenReader, find_pids, token_file
+
+_VERSION = 1
+_MAX_VOCAB = 2**16
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """The samples of one split. Rows are in the order of ``pids``, modality after modality.
+
+    tokens: memory-mapped uint16 (N, L), L = Σ max_seq_lens. lengths: int32 (N, M) actual lengths, or None when every
+    row is full. fingerprint: hex digest of the content, the same wherever the data lies.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray | None
+    fingerprint: str
+    pids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """The rows ``rows`` (B,) as int64 (B, L)."""
+        return torch.from_numpy(self.tokens[np.asarray(rows)].astype(np.int64))
+
+
+def open_store(
+    root: str | os.PathLike,
+    split: str,
+    modalities: Sequence[str],
+    vocab_sizes: Sequence[int],
+    max_seq_lens: Sequence[int],
+    cache_dir: str | os.PathLike | None = None,
+) -> TokenStore:
+    """Open the packed store of ``split``, building it first if it is absent or out of date.
+
+    The cache lies in ``{root}/.cache`` unless ``cache_dir`` is given. Readable token files are integer .npy arrays of
+    any width: flat, of any shape with max_seq_lens[m] values, or with a leading augmentation axis, of which the first
+    entry is taken (the log says so). Raises DataError (a ValueError) naming the file or argument: a missing or empty
+    root, split or modality, a modality without one of the pids, a wrong length, a token outside [0, vocab_sizes[m]), a
+    cache folder that cannot be written.
+    """
+    root = Path(root)
+    modalities, max_seq_lens = list(modalities), [int(length) for length in max_seq_lens]
+    vocab_sizes = [int(size) for size in vocab_sizes]
+    if not modalities or not len(modalities) == len(vocab_sizes) == len(max_seq_lens):
+        raise data_error(
+            "modalities, vocab_sizes, max_seq_lens",
+            expected="three lists of one length, at least 1",
+            actual=f"lengths {len(modalities)}, {len(vocab_sizes)}, {len(max_seq_lens)}",
+            remedy="Give every modality a vocabulary size and a sequence length.",
+        )
+    for modality, size in zip(modalities, vocab_sizes, strict=True):
+        if not 1 <= size <= _MAX_VOCAB:
+            raise data_error(
+                f"vocab_sizes ({modality})",
+                expected=f"1 to {_MAX_VOCAB}, since rows are 16-bit",
+                actual=size,
+                remedy="Use a smaller vocabulary.",
+            )
+    pids = find_pids(root, split, modalities)
+    files, stamp = _survey(root, split, modalities, pids)
+    layout = hashlib.sha256(json.dumps([_VERSION, modalities, max_seq_lens]).encode())
+    folder = root / ".cache"
+    if cache_dir is not None:
+        folder = Path(cache_dir)
+        layout.update(str(root.resolve()).encode())
+    index_path = folder / f"{split}-{layout.hexdigest()[:16]}.json"
+    index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
+    if index is None:
+        index = _build(index_path, files, pids, modalities, max_seq_lens, stamp)
+    for modality, size, (largest, row) in zip(modalities, vocab_sizes, index["largest"], strict=True):
+        if largest >= size:
+            raise data_error(
+                files[modality][row],
+                expected=f"tokens below {size} (vocab_sizes of {modality})",
+                actual=largest,
+                remedy="Raise the vocabulary size, or prepare the data with the tokenizer that it was set for.",
+            )
+    tokens = np.memmap(folder / index["data"], dtype=np.uint16, mode="r", shape=(len(pids), sum(max_seq_lens)))
+    return TokenStore(tokens=tokens, lengths=None, fingerprint=index["fingerprint"], pids=tuple(pids))
+
+
+def _survey(root: Path, split: str, modalities: list[str], pids: list[str]) -> tuple[dict[str, list[str]], str]:
+    """Every token file in row order, and a digest of their names, sizes and times of change."""
+    digest = hashlib.sha256()
+    files: dict[str, list[str]] = {}
+    for modality in modalities:
+        base = root / split / modality
+        files[modality] = []
+        for pid in pids:
+            entry = token_file(base / pid)
+            status = entry.stat()
+            files[modality].append(entry.path)
+            digest.update(f"{modality}/{pid}/{entry.name}:{status.st_size}:{status.st_mtime_ns};".encode())
+    return files, digest.hexdigest()
+
+
+def _read_index(path: Path, stamp: str, values: int) -> dict | None:
+    """The index of a cache that is whole and up to date, else None."""
+    try:
+        index = json.loads(path.read_text())
+        current = index["stamp"] == stamp
+        whole = (path.parent / index["data"]).stat().st_size == 2 * values
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, KeyError) as error:
+        _log.warning("%s is damaged (%s); building it anew", path, error)
+        return None
+    if not (current and whole):
+        _log.info("%s is out of date; building it anew", path)
+        return None
+    return index
+
+
+def _build(
+    index_path: Path,
+    files: dict[str, list[str]],
+    pids: list[str],
+    modalities: list[str],
+    max_seq_lens: list[int],
+    stamp: str,
+) -> dict:
+    folder = index_path.parent
+    try:
+        writable_folder(folder)
+    except DataError as error:
+        raise data_error(
+            folder,
+            expected="a folder that can be written to, for the packed store",
+            actual="one that cannot",
+            remedy="Set data.cache_dir to a folder of your own.",
+        ) from error
+    packed = np.empty((len(pids), sum(max_seq_lens)), dtype=np.uint16)
+    largest = []
+    start = 0
+    for modality, length in zip(modalities, max_seq_lens, strict=True):
+        reader = TokenReader(length)
+        rows = np.stack([reader.read(path) for path in files[modality]])
+        if reader.augmented:
+            _log.info("%s: files with an augmentation axis; the first entry of each is used", modality)
+        row = int(rows.max(axis=1).argmax())
+        largest.append((int(rows[row].max()), row))
+        low = int(rows.min(axis=1).argmin())
+        worst = low if rows[low].min() < 0 else row if rows[row].max() >= _MAX_VOCAB else None
+        if worst is not None:
+            raise data_error(
+                files[modality][worst],
+                expected=f"tokens in [0, {_MAX_VOCAB})",
+                actual=int(rows[worst].min() if worst == low else rows[worst].max()),
+                remedy="Prepare this sample again: python -m m4.data prepare.",
+            )
+        packed[:, start : start + length] = rows
+        start += length
+    digest = hashlib.sha256(json.dumps([modalities, max_seq_lens, pids]).encode())
+    digest.update(packed.astype("<u2").tobytes())
+    fingerprint = digest.hexdigest()
+    data = f"{index_path.stem}-{fingerprint[:16]}.u16"
+    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest}
+    write_atomically(folder / data, packed.tobytes())
+    write_atomically(index_path, json.dumps(index).encode())
+    for old in folder.glob(f"{index_path.stem}-*.u16"):
+        if old.name != data:
+            old.unlink(missing_ok=True)
+    _log.info("packed %d samples into %s", len(pids), folder / data)
+    return index
