@@ -1,0 +1,180 @@
+"""``python -m m4.data``: synth, prepare, split, inspect, sample."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from m4.data.captions import CAPTIONS
+from m4.data.clips import SynthOptions
+from m4.data.framing import FRAMINGS
+from m4.data.inspect import draw_sheet, statistics
+from m4.data.options import PrepareOptions
+from m4.data.pairs import SSIM_THRESHOLD
+from m4.data.prepare import Summary, prepare
+from m4.data.sample import SAMPLE_VIDEOS, make_sample
+from m4.data.split import UNITS, split_output_dataset
+from m4.data.synth import synthesize
+from m4.data.tokenizers import TOKENIZERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 with one line on stderr for a user's mistake, 130 when interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except BrokenProcessPool as error:
+        return _fail(f"a worker process died ({error}); free some memory or lower --workers, and run this again")
+    except OSError as error:
+        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except ValueError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _synth(options: argparse.Namespace) -> None:
+    settings = SynthOptions(
+        videos=options.videos,
+        seed=options.seed,
+        frames=options.frames,
+        size=options.size,
+        scenes=options.scenes,
+        steady=options.steady,
+    )
+    names = synthesize(options.out, settings, options.poses, options.workers)
+    print(f"{len(names)} videos in {options.out}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    settings = PrepareOptions(
+        tokenizer=options.tokenizer,
+        cosmos_dir=options.cosmos_dir,
+        captions=options.captions,
+        framing=options.framing,
+        ssim_threshold=options.ssim_threshold,
+        split_unit=options.split_unit,
+        seed=options.seed,
+    )
+    _report(prepare(options.penn_action, options.out, settings, options.workers, options.shard), options.out)
+
+
+def _report(summary: Summary, out: Path) -> None:
+    if summary.complete:
+        splits = ", ".join(f"{split} {count}" for split, count in summary.splits.items())
+        state = "" if summary.fresh else " (already there)"
+        print(f"{summary.pairs} pairs of {summary.videos} videos in {out}{state}: {splits}")
+    else:
+        print(f"this shard is done: {summary.videos} videos are ready; the last shard to finish lays out the samples")
+    if summary.bad:
+        print(f"{len(summary.bad)} bad videos were left out (run again once they are mended):")
+        for name, reason in summary.bad.items():
+            print(f"  {name}: {reason}")
+
+
+def _split(options: argparse.Namespace) -> None:
+    totals = split_output_dataset(options.root, options.fractions, options.seed, options.unit)
+    print(", ".join(f"{split} {count}" for split, count in totals.items()))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    print(statistics(options.root))
+    path = options.sheet or Path(options.root) / "contact_sheet.png"
+    draw_sheet(options.root, options.samples, options.cosmos_dir).save(path)
+    print(f"contact sheet: {path}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    print(
+        f"=== Embedded sample set: {options.videos} animated videos (not real footage), made on the spot in "
+        f"{options.out} ===",
+        flush=True,
+    )
+    _report(make_sample(options.out, options.videos, options.workers), options.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m m4.data", description="Make and look at training data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    synth = commands.add_parser("synth", help="write animated videos in the Penn Action layout")
+    synth.add_argument("--out", type=Path, required=True)
+    synth.add_argument("--videos", type=int, required=True)
+    synth.add_argument("--poses", type=Path, help="folder of Penn Action labels to re-enact")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--frames", type=_frames, help="frames per video, N or FEWEST-MOST (with --poses: at most N)")
+    synth.add_argument("--size", type=_size, help="frame size WxH; default a mixture of Penn Action's")
+    synth.add_argument("--scenes", type=int, default=SynthOptions.scenes, help="number of different backgrounds")
+    synth.add_argument("--steady", action="store_true", help="tripod cameras only")
+    synth.add_argument("--workers", type=int, default=1)
+    synth.set_defaults(run=_synth)
+
+    make = commands.add_parser("prepare", help="turn videos into token samples")
+    make.add_argument("--penn-action", type=Path, required=True, help="folder with frames/ and labels/")
+    make.add_argument("--out", type=Path, required=True)
+    make.add_argument("--tokenizer", choices=TOKENIZERS, default="fsq")
+    make.add_argument("--cosmos-dir", help="folder with encoder.jit and decoder.jit")
+    make.add_argument("--captions", choices=CAPTIONS, default="label")
+    make.add_argument("--framing", choices=FRAMINGS, default="subject")
+    make.add_argument("--ssim-threshold", type=float, default=SSIM_THRESHOLD)
+    make.add_argument("--split-unit", choices=UNITS, default="video")
+    make.add_argument("--seed", type=int, default=42)
+    make.add_argument("--workers", type=int, default=1)
+    make.add_argument("--shard", type=_shard, default=(0, 1), help="i/n, i from 0: do every n-th video")
+    make.set_defaults(run=_prepare)
+
+    split = commands.add_parser("split", help="divide samples into train, eval and test anew")
+    split.add_argument("root", type=Path)
+    split.add_argument("--fractions", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "EVAL", "TEST"))
+    split.add_argument("--seed", type=int, default=42)
+    split.add_argument("--unit", choices=UNITS, default="video")
+    split.set_defaults(run=_split)
+
+    inspect = commands.add_parser("inspect", help="print statistics and draw a contact sheet")
+    inspect.add_argument("root", type=Path)
+    inspect.add_argument("--sheet", type=Path, help="default ROOT/contact_sheet.png")
+    inspect.add_argument("--samples", type=int, default=12)
+    inspect.add_argument("--cosmos-dir", help="folder with decoder.jit, for data made with cosmos")
+    inspect.set_defaults(run=_inspect)
+
+    sample = commands.add_parser("sample", help="make the embedded sample set")
+    sample.add_argument("--out", type=Path, required=True)
+    sample.add_argument("--videos", type=int, default=SAMPLE_VIDEOS)
+    sample.add_argument("--workers", type=int, default=2)
+    sample.set_defaults(run=_sample)
+    return parser
+
+
+def _numbers(text: str, separator: str, example: str) -> tuple[int, int]:
+    first, found, second = text.partition(separator)
+    if not (found and first.isdecimal() and second.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected {example}, got {text!r}")
+    return int(first), int(second)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    return _numbers(text, "/", "i/n such as 0/4")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = _numbers(text.lower(), "x", "WIDTHxHEIGHT such as 480x270")
+    return height, width
+
+
+def _frames(text: str) -> tuple[int, int]:
+    return (int(text), int(text)) if text.isdecimal() else _numbers(text, "-", "N or FEWEST-MOST")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""What `prepare` makes of the videos."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from m4.data.captions import CAPTIONS
+from m4.data.errors import data_error
+from m4.data.framing import FRAMINGS
+from m4.data.pairs import SSIM_THRESHOLD
+from m4.data.split import UNITS
+from m4.data.tokenizers import TOKENIZERS
+
+BINS = 8192  # of joint coordinates, per axis
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to make of the videos; see ``python -m m4.data prepare --help``."""
+
+    tokenizer: str = "fsq"
+    cosmos_dir: str | None = None
+    captions: str = "label"
+    framing: str = "subject"
+    ssim_threshold: float = SSIM_THRESHOLD
+    split_unit: str = "video"
+    seed: int = 42
+
+    def check(self) -> None:
+        """Raises DataError for an unknown choice or a number out of range."""
+        for name, choices in (
+            ("tokenizer", TOKENIZERS),
+            ("captions", CAPTIONS),
+            ("framing", FRAMINGS),
+            ("split_unit", UNITS),
+        ):
+            if getattr(self, name) not in choices:
+                value = repr(getattr(self, name))
+                raise data_error(name, expected=" or ".join(choices), actual=value, remedy="Choose one of these.")
+        if not -1 < self.ssim_threshold <= 1:
+            raise data_error(
+                "ssim_threshold", expected="a number in (-1, 1]", actual=self.ssim_threshold, remedy="Correct it."
+            )
+
+    def record(self) -> dict:
+        """What decides the content of the samples, for meta.json; where weights lie does not."""
+        fields = asdict(self)
+        del fields["cosmos_dir"]
+        return fields
