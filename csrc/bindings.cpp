@@ -7,5 +7,6 @@ PYBIND11_MODULE(_C, m) {
     m.attr("version") = M4K_EXPAND(M4K_VERSION);
     m.attr("has_cuda") = bool(M4K_CUDA);
     m4k::bind_simd(m);
+    m4k::bind_linear_cross_entropy(m);
     m4k::bind_quantize_coords(m);
 }

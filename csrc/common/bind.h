@@ -10,6 +10,7 @@ using release_gil_t = py::call_guard<py::gil_scoped_release>;
 inline constexpr release_gil_t release_gil{};
 
 void bind_simd(py::module_& m);
+void bind_linear_cross_entropy(py::module_& m);
 void bind_quantize_coords(py::module_& m);
 
 }  // namespace m4k

@@ -10,7 +10,7 @@ from m4kernels import LinearCrossEntropyOutput, linear_cross_entropy
 from m4kernels.cases import non_contiguous
 from m4kernels.testing import assert_within_error_budget, peak_extra_memory
 
-BACKENDS = ["reference"]
+BACKENDS = ["cpp", "reference"]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -10,7 +10,7 @@ from m4kernels._library import register, register_autograd
 from m4kernels.dispatch import Dispatcher
 from m4kernels.ops.linear_cross_entropy.arguments import OP, LossArguments
 
-dispatcher = Dispatcher(OP, ("reference",))
+dispatcher = Dispatcher(OP, ("cpp", "reference"))
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -45,6 +45,7 @@ def linear_cross_entropy(
     Products are accumulated, and loss, nll and gradients are held, in float32 (float64 for float64 inputs); each
     gradient is rounded once, to the dtype of its input. Under `torch.autocast` x and weight may differ in dtype: both
     are rounded to the autocast dtype for the products, and a float32 weight receives its gradient in full float32.
+    Runs give the same bits as long as the library's matrix product does: on a CPU, for a fixed number of threads.
     NaN or infinity in the x of a token, or in weight, makes the affected losses and gradients NaN.
 
     Args:
@@ -56,7 +57,7 @@ def linear_cross_entropy(
         vocab_limit: int32 or int64, at most V: token t can only be of a class below vocab_limit[t]; default V.
         ignore_index: the target of tokens that do not count.
         max_workspace_bytes: bound on the extra memory, gradients aside.
-        backend: "reference"; default the fastest that can run.
+        backend: "cpp" or "reference"; default the fastest that can run.
 
     Returns:
         loss () in float32 (float64 for float64 inputs), differentiable in x and weight; nll (T,) in the same dtype and
@@ -98,7 +99,6 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     device = x.device.type
     plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     with plain:
-        call.check_values()
         return dispatcher.select(backend, x, call).linear_cross_entropy(call)
 
 
@@ -115,13 +115,20 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """saved * factor, in place where the backward pass runs once: a gradient of the weight is large, and fresh memory
+    costs more than the product. Tracers, which see other types, get the plain product."""
+    once = type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return saved.mul_(factor) if once else saved * factor
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    call = LossArguments(*inputs[:-1])
+    x, weight, *_, x_grad, weight_grad, _ = inputs
     _, nll, correct, dx, dweight = output
     ctx.mark_non_differentiable(nll, correct, dx, dweight)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dx if call.x_grad else None, dweight if call.weight_grad else None)
-    ctx.dtypes = (call.x.dtype, call.weight.dtype)
+    ctx.save_for_backward(dx if x_grad else None, dweight if weight_grad else None)
+    ctx.dtypes = (x.dtype, weight.dtype)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -136,7 +143,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         elif saved is None:
             raise RuntimeError(f"{OP}: {name} requires grad, but the op was called with {name}_grad=False")
         else:
-            gradients.append((saved * grad_loss).to(dtype))
+            gradients.append(_scaled(saved, grad_loss).to(dtype))
     return (*gradients, *[None] * 9)
 
 

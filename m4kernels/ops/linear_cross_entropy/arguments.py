@@ -1,6 +1,8 @@
 """The arguments of one linear_cross_entropy call, checked; what every backend receives."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,12 +30,12 @@ class LossArguments:
     x_grad: bool
     weight_grad: bool
 
-    @property
+    @cached_property
     def operand_dtype(self) -> torch.dtype:
         """What the matrix products multiply."""
         return self.x.dtype if self.compute_dtype is None else self.compute_dtype
 
-    @property
+    @cached_property
     def result_dtype(self) -> torch.dtype:
         """What sums, loss and gradients are held in: float64 for float64 operands, else float32."""
         return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
@@ -91,21 +93,59 @@ class LossArguments:
                 ~wrong.any(), f"{OP}: a target is outside [0, vocab_limit) or a vocab_limit exceeds {classes} classes"
             )
             return
-        if not bool(wrong.any()):
-            return
-        t = int(wrong.nonzero()[0])
-        token_limit = classes if self.vocab_limit is None else int(self.vocab_limit[t])
-        if token_limit > classes:
-            raise ValueError(f"{OP}: vocab_limit[{t}] is {token_limit}, but weight has only {classes} classes")
-        raise ValueError(
-            f"{OP}: targets[{t}] is {int(self.targets[t])}; expected 0 <= target < {token_limit} (vocab_limit of that "
-            f"token), or {self.ignore_index} to ignore it"
+        if bool(wrong.any()):
+            raise self.value_error(int(wrong.nonzero()[0]))
+
+    def value_error(self, t: int) -> ValueError:
+        """What is wrong with token t, whose target or limit is out of range."""
+        classes = self.weight.shape[0]
+        limit = classes if self.vocab_limit is None else int(self.vocab_limit[t])
+        if limit > classes:
+            return ValueError(f"{OP}: vocab_limit[{t}] is {limit}, but weight has only {classes} classes")
+        return ValueError(
+            f"{OP}: targets[{t}] is {int(self.targets[t])}; expected 0 <= target < {limit} (vocab_limit of that token),"
+            f" or {self.ignore_index} to ignore it"
         )
 
-    def require_workspace(self, minimum: int) -> None:
-        """Raise ValueError unless `max_workspace_bytes` is at least `minimum`, what one token at a time needs."""
-        if self.max_workspace_bytes < minimum:
+    def divide_workspace(self, fixed: int, per_row: int) -> tuple[int, int]:
+        """(bytes for rows, classes converted at a time).
+
+        A weight that the matrix product cannot read as it lies is converted a block of classes at a time, so that its
+        copy, too, fits the workspace.
+
+        Args:
+            fixed: bytes that do not depend on the size of a chunk.
+            per_row: bytes of one token over all classes.
+
+        Raises:
+            ValueError: `max_workspace_bytes` does not hold one token and one class.
+        """
+        classes, dim = self.weight.shape
+        per_class = 0 if self._weight_as_it_lies else 2 * dim * self.result_dtype.itemsize
+        room = self.max_workspace_bytes - fixed
+        if room < per_row + per_class:
             raise ValueError(
-                f"{OP}: max_workspace_bytes is {self.max_workspace_bytes}, but {self.x.shape[0]} tokens over "
-                f"{self.weight.shape[0]} classes of dimension {self.weight.shape[1]} need at least {minimum}"
+                f"{OP}: max_workspace_bytes is {self.max_workspace_bytes}, but {self.x.shape[0]} tokens over {classes} "
+                f"classes of dimension {dim} need at least {fixed + per_row + per_class}"
             )
+        if not per_class:
+            return room, classes
+        block = min(classes, max(1, min(room // 4, room - per_row) // per_class))
+        return room - block * per_class, block
+
+    def weight_blocks(self, block: int, classes: int) -> Iterator[tuple[slice, Tensor]]:
+        """The first `classes` rows of the weight, `block` at a time, as the matrix products want them."""
+        if block >= classes and self._weight_as_it_lies:
+            yield slice(0, classes), self.weight if classes == self.weight.shape[0] else self.weight[:classes]
+            return
+        for first in range(0, classes, block):
+            part = slice(first, min(first + block, classes))
+            yield part, self.weight[part].to(self.operand_dtype).to(self.result_dtype).contiguous()
+
+    @cached_property
+    def _weight_as_it_lies(self) -> bool:
+        """Whether the matrix product reads the weight without a copy."""
+        weight, dtype = self.weight, self.result_dtype
+        (rows, columns), (down, across) = weight.shape, weight.stride()
+        strides = (across == 1 and down >= columns) or (down == 1 and across >= rows)
+        return strides and weight.dtype == dtype and self.operand_dtype == dtype

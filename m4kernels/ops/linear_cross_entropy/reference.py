@@ -1,8 +1,6 @@
 """Linear layer and cross-entropy in plain PyTorch, a chunk of tokens at a time: the specification of every other
 backend. The gradients are computed beside the loss, while a chunk's logits exist."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,12 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     """(loss (), nll (T,), correct bool (T,), d loss / d x (T, D), d loss / d weight (V, D)); the floating ones in
     `call.result_dtype`, a gradient that is not wanted has shape (0,).
 
-    An ignored token has no influence on anything, even where x or its token_weight holds NaN.
+    An ignored token has no influence on anything, even where x or its token_weight holds NaN. Raises ValueError as
+    `call.check_values` and `call.divide_workspace` do.
     """
+    call.check_values()
     dtype, classes = call.result_dtype, call.weight.shape[0]
-    tokens = call.x.shape[0]
+    tokens, dim = call.x.shape
     valid = call.targets != call.ignore_index
     scale = token_scale(call, valid)
     target = torch.where(valid, call.targets, 0).unsqueeze(1)
@@ -32,14 +32,18 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     dx = call.x.new_zeros(call.x.shape if call.x_grad else 0, dtype=dtype)
     dweight = call.x.new_zeros(call.weight.shape if call.weight_grad else 0, dtype=dtype)
 
-    chunk, block = _chunk_sizes(call)
+    # A row: its logits, the mask of its classes beyond the limit, x converted and masked, and a few numbers.
+    per_row = classes * (dtype.itemsize + (limit is not None)) + 3 * dim * dtype.itemsize + 64
+    # Besides: the class ids and a few vectors over all tokens.
+    room, block = call.divide_workspace(4 * classes + 32 * tokens, per_row)
+    chunk = max(1, min(tokens, room // per_row))
     workspace = call.x.new_empty(chunk, classes, dtype=dtype)
     for first in range(0, tokens, chunk):
         rows = slice(first, first + chunk)
         ignored = ~valid[rows].unsqueeze(1)
         x = call.x[rows].to(call.operand_dtype).to(dtype).masked_fill(ignored, 0)
         logits = workspace[: x.shape[0]]
-        for part, weight in _weight_blocks(call, block):
+        for part, weight in call.weight_blocks(block, classes):
             torch.mm(x, weight.T, out=logits[:, part])
         if limit is not None:
             logits.masked_fill_(class_ids >= limit[rows], -torch.inf)
@@ -56,7 +60,7 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
         logits.div_(total)
         logits.scatter_(1, target[rows], logits.gather(1, target[rows]) - 1)
         logits.mul_(scale[rows].unsqueeze(1)).masked_fill_(ignored, 0)
-        for part, weight in _weight_blocks(call, block):
+        for part, weight in call.weight_blocks(block, classes):
             if call.x_grad:
                 dx[rows].addmm_(logits[:, part], weight)
             if call.weight_grad:
@@ -71,32 +75,3 @@ def token_scale(call: LossArguments, valid: Tensor) -> Tensor:
     if call.token_weight is None:
         return valid.to(call.result_dtype) / valid.sum().clamp(min=1)
     return torch.where(valid, call.token_weight.to(call.result_dtype), 0)
-
-
-def _chunk_sizes(call: LossArguments) -> tuple[int, int]:
-    """(tokens, classes) handled at a time within the workspace.
-
-    A weight of lower precision than the result is converted a block of classes at a time, so that its copy, too, fits.
-    """
-    classes, dim = call.weight.shape
-    size = call.result_dtype.itemsize
-    # Logits, the mask of classes beyond the limit, x converted and masked, and a few numbers.
-    token_bytes = classes * (size + (call.vocab_limit is not None)) + 3 * dim * size + 64
-    converts = call.weight.dtype != call.result_dtype or call.operand_dtype != call.result_dtype
-    class_bytes = 2 * dim * size if converts else 0
-    # What does not depend on the chunk: one integer a class, and a few vectors over all tokens.
-    fixed = 4 * classes + 32 * call.x.shape[0]
-    call.require_workspace(fixed + token_bytes + class_bytes)
-    room = call.max_workspace_bytes - fixed
-    block = classes
-    if converts:
-        block = min(classes, max(1, min(room // 4, room - token_bytes) // class_bytes))
-    chunk = (room - block * class_bytes) // token_bytes
-    return max(1, min(chunk, call.x.shape[0])), block
-
-
-def _weight_blocks(call: LossArguments, block: int) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in blocks of classes, rounded to the operands' dtype and converted to the result's."""
-    for first in range(0, call.weight.shape[0], block):
-        part = slice(first, first + block)
-        yield part, call.weight[part].to(call.operand_dtype).to(call.result_dtype)

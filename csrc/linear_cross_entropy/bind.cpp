@@ -1,0 +1,60 @@
+// Python signatures of the linear_cross_entropy kernels; Python has checked shapes, dtypes and contiguity.
+#include "common/bind.h"
+
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "common/pointer.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
+
+namespace m4k {
+namespace {
+
+template <typename T>
+int64_t order(uintptr_t targets, uintptr_t vocab_limit, int limit_bytes, uintptr_t token_weight, int64_t tokens,
+              int64_t classes, int64_t ignore_index, uintptr_t order, uintptr_t limit, uintptr_t scale) {
+    return order_tokens(TokenArgs<T>{as_ptr<const int64_t>(targets), as_ptr<const void>(vocab_limit), limit_bytes,
+                                     as_ptr<const T>(token_weight), tokens, classes, ignore_index},
+                        OrderedTokens<T>{as_ptr<int64_t>(order), as_ptr<int64_t>(limit), as_ptr<T>(scale)});
+}
+
+template <typename T>
+void pass(uintptr_t logits, uintptr_t order, uintptr_t limit, uintptr_t scale, uintptr_t targets, uintptr_t nll,
+          uintptr_t correct, int64_t first, int64_t rows, int64_t width, bool gradient, int threads) {
+    cross_entropy(LogitsArgs<T>{as_ptr<T>(logits), as_ptr<const int64_t>(order) + first,
+                                as_ptr<const int64_t>(limit) + first, as_ptr<const T>(scale) + first,
+                                as_ptr<const int64_t>(targets), as_ptr<T>(nll), as_ptr<bool>(correct), rows, width,
+                                gradient, threads});
+}
+
+template <typename T>
+double weighted_loss(uintptr_t order, uintptr_t scale, uintptr_t nll, int64_t count) {
+    double loss = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        loss += double(as_ptr<const T>(scale)[i]) * double(as_ptr<const T>(nll)[as_ptr<const int64_t>(order)[i]]);
+    }
+    return loss;
+}
+
+}  // namespace
+
+void bind_linear_cross_entropy(py::module_& m) {
+    m.def("lce_order_f32", &order<float>, release_gil);
+    m.def("lce_order_f64", &order<double>, release_gil);
+    m.def("lce_plan",
+          [](uintptr_t limit, int64_t count, int64_t bytes, int64_t per_logit, int64_t per_row, int64_t max_rows) {
+              std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks;
+              for (const Chunk& c :
+                   plan_chunks(as_ptr<const int64_t>(limit), count, ChunkBudget{bytes, per_logit, per_row, max_rows})) {
+                  chunks.emplace_back(c.first, c.rows, c.width);
+              }
+              return chunks;
+          });
+    m.def("lce_pass_f32", &pass<float>, release_gil);
+    m.def("lce_pass_f64", &pass<double>, release_gil);
+    m.def("lce_loss_f32", &weighted_loss<float>);
+    m.def("lce_loss_f64", &weighted_loss<double>);
+}
+
+}  // namespace m4k

@@ -1,0 +1,154 @@
+"""What only the compiled backend of linear_cross_entropy has: SIMD levels, threads, the plan of the chunks."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from m4kernels import _ext, linear_cross_entropy
+from m4kernels.ops.linear_cross_entropy import cpp
+from m4kernels.testing import assert_within_error_budget
+from tests.ops.test_linear_cross_entropy import Case, case, gradients, whole_logits
+
+
+@pytest.mark.usefixtures("simd_level")
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 2047, 2049, 4099])
+def test_every_level_at_every_row_length(classes: int) -> None:
+    limits = tuple({1, classes // 3 + 1, max(1, classes - 1), classes})
+    arguments = case(37, 12, classes, weighted=True, limits=limits, seed=classes)
+    truth = gradients(whole_logits, arguments.to(torch.float64))
+    plain = gradients(whole_logits, arguments)
+    actual = gradients(linear_cross_entropy, arguments, backend="cpp")
+    for name, a, p, t in zip(("loss", "nll", "dx", "dweight"), actual, plain, truth, strict=False):
+        assert_within_error_budget(a, p, t, what=name)
+
+
+@pytest.mark.usefixtures("simd_level")
+def test_exponential_over_its_whole_range() -> None:
+    # One token; its logits are the weights themselves, so nll[t] and the gradient show exp directly.
+    z = torch.cat([torch.linspace(-120, 0, 5000), torch.tensor([-torch.inf, -1e30, -87.0, -87.4, -88.0, 0.0])])
+    x = torch.ones(1, 1, requires_grad=True)
+    weight = z.unsqueeze(1).requires_grad_()
+    out = linear_cross_entropy(x, weight, torch.tensor([4999]), backend="cpp")
+    out.loss.backward()
+    p = torch.softmax(z.double(), 0)
+    p[4999] -= 1
+    normal = p.abs() > torch.finfo(torch.float32).tiny * 64
+    torch.testing.assert_close(weight.grad[normal, 0].double(), p[normal], rtol=1e-6, atol=0)
+    assert weight.grad[~normal].abs().max() < 1e-36
+
+
+SIZES = [(3, 8, 5), (64, 32, 1000), (300, 64, 5000), (1100, 48, 700), (17, 640, 20000)]
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    threads = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_same_bits_on_every_run(size: tuple[int, int, int], set_threads: Callable[[int], None]) -> None:
+    arguments = case(*size, weighted=True, limits=(size[2], size[2] // 2 + 1))
+    by_threads = []
+    for threads in (1, 2):
+        set_threads(threads)
+        first, second = (gradients(linear_cross_entropy, arguments, backend="cpp") for _ in range(2))
+        for name, a, b in zip(("loss", "nll", "dx", "dweight", "correct"), first, second, strict=True):
+            assert torch.equal(a, b), name
+        by_threads.append(first)
+    # With another number of threads the library's matrix product may add up in another order.
+    for a, b in zip(*(result[:4] for result in by_threads), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("simd_level")
+def test_the_pass_gives_the_same_bits_for_every_thread_count() -> None:
+    extension, (rows, width) = _ext.require(), (257, 1003)
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, width, generator=g) * 5
+    order = torch.randperm(rows, generator=g)
+    limit = torch.randint(1, width + 1, (rows,), generator=g)
+    targets = torch.empty(rows, dtype=torch.int64)
+    targets[order] = (torch.rand(rows, generator=g) * limit).long()
+    scale = torch.randn(rows, generator=g)
+    results = []
+    for threads in (1, 2, 3, 7):
+        out = (logits.clone(), torch.empty(rows), torch.empty(rows, dtype=torch.bool))
+        inputs = (tensor.data_ptr() for tensor in (order, limit, scale, targets))
+        extension.lce_pass_f32(
+            out[0].data_ptr(), *inputs, out[1].data_ptr(), out[2].data_ptr(), 0, rows, width, True, threads
+        )
+        results.append(out)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def plan(limits: list[int], logits: int, max_rows: int = 1024) -> list[tuple[int, int, int]]:
+    limit = torch.tensor(limits)
+    return _ext.require().lce_plan(limit.data_ptr(), len(limits), logits * 4, 4, 0, max_rows)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_covers_every_token_within_the_budget(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    count, classes = int(torch.randint(1, 600, (), generator=g)), int(torch.randint(1, 3000, (), generator=g))
+    distinct = torch.randint(1, classes + 1, (int(torch.randint(1, 50, (), generator=g)),), generator=g)
+    limits = distinct[torch.randint(0, len(distinct), (count,), generator=g)].sort(descending=True).values.tolist()
+    budget = classes * int(torch.randint(1, 100, (), generator=g))
+    chunks, token = plan(limits, budget, 128), 0
+    for first, rows, width in chunks:
+        assert first == token
+        assert 1 <= rows <= 128
+        assert width == limits[first]
+        assert rows * width <= budget
+        token += rows
+    assert token == count
+    # The classes beyond the tokens' limits that are multiplied all the same cost less than the products saved by it.
+    exact = sum(limits)
+    done = sum(rows * width for _, rows, width in chunks)
+    assert done <= exact * 1.05 + 48 * sum(width for _, _, width in chunks)
+
+
+def test_plan_separates_vocabularies() -> None:
+    assert plan([64000] * 500 + [8192] * 300, 10**9) == [(0, 500, 64000), (500, 300, 8192)]
+    assert plan([64000] * 5 + [63999] * 5, 10**9) == [(0, 10, 64000)]
+    assert [rows for _, rows, _ in plan([100] * 1000, 30000)] == [250] * 4  # equal parts, not 300, 300, 300, 100
+    assert plan([], 100) == []
+
+
+def test_classes_beyond_the_limit_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    flops = []
+    mm = torch.mm
+
+    def counting(a: torch.Tensor, b: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:
+        flops.append(a.shape[0] * a.shape[1] * b.shape[1])
+        return mm(a, b, **keywords)
+
+    arguments = case(400, 16, 4000, limits=(4000, 40), ignored=0.3)
+    valid = arguments.targets >= 0
+    exact = int(arguments.vocab_limit[valid].sum()) * 16
+    monkeypatch.setattr(cpp.torch, "mm", counting)
+    with torch.no_grad():
+        linear_cross_entropy(*arguments[:3], vocab_limit=arguments.vocab_limit, backend="cpp")
+    assert sum(flops) == exact
+
+
+def test_chunks_of_every_kind_agree() -> None:
+    # All tokens valid and in order (no gathering) against the same tokens ignored in between and shuffled.
+    x, weight, targets, _, _ = case(200, 16, 300, ignored=0)
+    straight = gradients(linear_cross_entropy, Case(x, weight, targets, None, None), backend="cpp")
+    spread = torch.full((400, 16), float("nan"))
+    spread[::2] = x
+    spread_targets = torch.full((400,), -100)
+    spread_targets[::2] = targets
+    scattered = gradients(linear_cross_entropy, Case(spread, weight, spread_targets, None, None), backend="cpp")
+    assert torch.equal(scattered[1][::2], straight[1])
+    assert torch.equal(scattered[2][::2], straight[2])
+    assert torch.equal(scattered[3], straight[3])
+    # One token at a time.
+    tiny = 400 * 48 + 300 * 4 + 6 * 16 * 4
+    one = gradients(linear_cross_entropy, Case(x, weight, targets, None, None), backend="cpp", max_workspace_bytes=tiny)
+    for a, b in zip(one, straight, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
