@@ -1,0 +1,159 @@
+// One register of floats, with the operations that the CPU kernels need; only for *_cpu.cpp files, where the SIMD level
+// decides its width. Everything is forced inline in the level's namespace, so that no object file exports code which
+// another level could pick up.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/simd.h"
+
+#if defined(M4K_SIMD_AVX512) || defined(M4K_SIMD_AVX2)
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of GCC 12 inside its own intrinsics
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define M4K_INLINE static inline __attribute__((always_inline))
+#define M4K_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace m4k::M4K_SIMD_NS {
+
+#if defined(M4K_SIMD_AVX512)
+
+using vfloat = __m512;
+inline constexpr int kLanes = 16;
+
+M4K_INLINE vfloat load(const float* p) { return _mm512_loadu_ps(p); }
+M4K_INLINE void store(float* p, vfloat x) { _mm512_storeu_ps(p, x); }
+M4K_INLINE vfloat splat(float x) { return _mm512_set1_ps(x); }
+M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
+M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
+M4K_INLINE float reduce_add(vfloat x) { return _mm512_reduce_add_ps(x); }
+M4K_INLINE float reduce_max(vfloat x) { return _mm512_reduce_max_ps(x); }
+// The first n lanes of x, `fill` in the others.
+M4K_INLINE vfloat first_lanes(vfloat x, int n, vfloat fill) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1u), fill, x);
+}
+M4K_INLINE vfloat round_even(vfloat x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// x * 2**n for an integral n, where x >= low; else 0.
+M4K_INLINE vfloat scale_or_zero(vfloat x, vfloat n, vfloat argument, vfloat low) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(argument, low, _CMP_NLT_UQ), x, n);
+}
+M4K_INLINE vfloat load_bf16(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+#elif defined(M4K_SIMD_AVX2)
+
+using vfloat = __m256;
+inline constexpr int kLanes = 8;
+
+M4K_INLINE vfloat load(const float* p) { return _mm256_loadu_ps(p); }
+M4K_INLINE void store(float* p, vfloat x) { _mm256_storeu_ps(p, x); }
+M4K_INLINE vfloat splat(float x) { return _mm256_set1_ps(x); }
+M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
+M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
+M4K_INLINE float reduce_add(vfloat x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+M4K_INLINE float reduce_max(vfloat x) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+M4K_INLINE vfloat first_lanes(vfloat x, int n, vfloat fill) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_blendv_ps(fill, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
+}
+M4K_INLINE vfloat round_even(vfloat x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+M4K_INLINE vfloat scale_or_zero(vfloat x, vfloat n, vfloat argument, vfloat low) {
+    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), power));
+    return _mm256_and_ps(_mm256_cmp_ps(argument, low, _CMP_NLT_UQ), scaled);
+}
+M4K_INLINE vfloat load_bf16(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+#else
+
+// Four lanes in the compilers' own vector type: SSE2 on x86-64, NEON on aarch64.
+typedef float vfloat __attribute__((vector_size(16)));
+typedef int32_t vint __attribute__((vector_size(16)));
+inline constexpr int kLanes = 4;
+
+M4K_INLINE vfloat load(const float* p) {
+    vfloat x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+M4K_INLINE void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
+M4K_INLINE vfloat splat(float x) { return vfloat{x, x, x, x}; }
+M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+#if defined(__aarch64__)
+    return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+M4K_INLINE float reduce_add(vfloat x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+M4K_INLINE float reduce_max(vfloat x) {
+    const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
+}
+M4K_INLINE vfloat first_lanes(vfloat x, int n, vfloat fill) { return vint{0, 1, 2, 3} < vint{n, n, n, n} ? x : fill; }
+// Adding and subtracting 1.5 * 2**23 rounds to an integer, half to even; for |x| < 2**22.
+M4K_INLINE vfloat round_even(vfloat x) {
+    const vfloat magic = splat(12582912.0f);
+    return (x + magic) - magic;
+}
+M4K_INLINE vfloat scale_or_zero(vfloat x, vfloat n, vfloat argument, vfloat low) {
+    // The low bits of n + 1.5 * 2**23 are the integer n.
+    const vfloat shifted = n + splat(12582912.0f);
+    vint power, bits;
+    std::memcpy(&power, &shifted, sizeof power);
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = argument < low ? vint{0, 0, 0, 0} : bits + (power << 23);
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+M4K_INLINE vfloat load_bf16(const uint16_t* p) {
+    const uint32_t bits[4] = {uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16, uint32_t{p[3]} << 16};
+    vfloat x;
+    std::memcpy(&x, bits, sizeof x);
+    return x;
+}
+
+#endif
+
+// exp(x) for x <= 88, within 1 ulp; exactly 0 below -87, so that no denormal slows what follows; NaN stays NaN.
+// x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) = 1 + r + r**2 Q(r), Q a minimax polynomial (relative error 4e-9).
+M4K_INLINE vfloat vexp(vfloat x) {
+    const vfloat low = splat(-87.0f);
+    const vfloat clamped = vmax(low, x);  // in this order a NaN in x survives on x86
+    const vfloat n = round_even(clamped * splat(1.44269504f));
+    vfloat r = fma(n, splat(-0.693359375f), clamped);  // ln 2 in two parts, the first with few bits: n * it is exact
+    r = fma(n, splat(2.12194440e-4f), r);
+    vfloat q = splat(0x1.6a241ap-10f);
+    q = fma(q, r, splat(0x1.1239f2p-7f));
+    q = fma(q, r, splat(0x1.5558f2p-5f));
+    q = fma(q, r, splat(0x1.555492p-3f));
+    q = fma(q, r, splat(0x1.fffffcp-2f));
+    const vfloat y = fma(r * r, q, r) + splat(1.0f);
+    return scale_or_zero(y, n, x, low);
+}
+
+}  // namespace m4k::M4K_SIMD_NS
