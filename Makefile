@@ -11,6 +11,7 @@ help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make bench     set up, run the benchmarks and their guards"
+	@echo "make sanitize  run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make format    format Python and C++"
 	@echo "make clean     remove build products (keeps .venv, data/ and runs/)"
 
@@ -42,6 +43,15 @@ types: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/
+
+# The extension instrumented by AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the normal one.
+SANITIZED := build/sanitized
+sanitize: setup
+	M4KERNELS_SANITIZE=address,undefined M4KERNELS_CUDA=0 $(BIN)/python setup.py --quiet build \
+		--build-lib $(SANITIZED) --build-temp build/sanitized-temp
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+		$(BIN)/pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -o timeout=1800 tests/ops -k "not compile and not opcheck and not report"
 
 format: setup
 	$(BIN)/ruff check --fix .
