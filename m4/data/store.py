@@ -125,7 +125,7 @@ def _read_index(path: Path, stamp: str, values: int) -> dict | None:
         index = json.loads(path.read_text())
         current = index["stamp"] == stamp
         whole = (path.parent / index["data"]).stat().st_size == 2 * values
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, KeyError) as error:
         _log.warning("%s is damaged (%s); building it anew", path, error)

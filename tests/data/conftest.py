@@ -1,0 +1,39 @@
+"""A small synthetic data set and its prepared tokens, made once."""
+
+from pathlib import Path
+
+import pytest
+
+from m4.data.clips import SynthOptions
+from m4.data.prepare import prepare
+from m4.data.synth import synthesize
+
+SMALL = SynthOptions(videos=5, seed=3, frames=(8, 10), size=(120, 161), scenes=3, fps=8.0, noise=3.0)
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """Five videos in the Penn Action layout. Read only: copy before changing anything."""
+    out = tmp_path_factory.mktemp("videos") / "penn"
+    synthesize(out, SMALL, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def prepared(videos, tmp_path_factory) -> Path:
+    """Tokens of ``videos``. Read only."""
+    out = tmp_path_factory.mktemp("prepared") / "root"
+    prepare(videos, out, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """A function: the content of every file below a folder that is not hidden, by relative path."""
+
+    def read(root: Path) -> dict[str, bytes]:
+        files = (path for path in root.rglob("*") if path.is_file())
+        shown = (path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts))
+        return {str(path.relative_to(root)): path.read_bytes() for path in shown}
+
+    return read

@@ -1,0 +1,194 @@
+"""Image tokenizers: the embedded one's quality, stability and determinism; Cosmos' files and their faults."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from m4.data.errors import DataError
+from m4.data.framing import frame_for
+from m4.data.tokenizers import make_tokenizer
+from m4.data.tokenizers.base import BASIS, LEVELS, VOCAB_SIZE
+from m4.data.tokenizers.cosmos import CosmosTokenizer
+from m4.data.tokenizers.fsq import FSQTokenizer
+
+# Row 8 of the first real frame, centred.
+GOLDEN = [
+    32850,
+    30866,
+    31378,
+    31890,
+    31889,
+    32401,
+    32401,
+    32401,
+    32914,
+    42141,
+    46747,
+    32922,
+    32410,
+    32410,
+    32922,
+    43738,
+]
+NOBODY = np.zeros(13), np.zeros(13), np.zeros(13, bool)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2, axis=(1, 2, 3)))
+
+
+@pytest.fixture(scope="module")
+def real_images(shared_dir):
+    paths = sorted((shared_dir / "real_frames/swing").glob("*.jpg"))[::10]
+    images = [Image.open(path).convert("RGB") for path in paths]
+    return np.stack([np.asarray(frame_for(im.size[::-1], *NOBODY, "center").apply_image(im)) for im in images])
+
+
+def test_levels_are_those_of_cosmos():
+    assert np.prod(LEVELS) == VOCAB_SIZE == 64_000
+    assert list(BASIS) == [int(np.prod(LEVELS[:index])) for index in range(6)]
+
+
+def test_fsq_psnr_on_real_frames(real_images):
+    tokenizer = FSQTokenizer()
+    tokens = tokenizer.encode(real_images)
+    assert tokens.shape == (len(real_images), 16, 16)
+    assert tokens.dtype == np.int64
+    assert tokens.min() >= 0
+    assert tokens.max() < 64_000
+    quality = psnr(real_images, tokenizer.decode(tokens))
+    assert quality.mean() >= 25.5
+    assert quality.min() >= 23
+
+
+def test_fsq_reaches_every_code_and_no_other():
+    tokenizer = FSQTokenizer()
+    everything = np.arange(64_000).reshape(-1, 16, 16)[::10]
+    assert tokenizer.decode(everything).shape == (len(everything), 256, 256, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
+    for images in (noise, np.zeros_like(noise), np.full_like(noise, 255), (noise > 127).astype(np.uint8) * 255):
+        tokens = tokenizer.encode(images)
+        assert tokens.min() >= 0
+        assert tokens.max() < 64_000
+
+
+def test_fsq_is_stable_under_noise_and_constant_on_plain_areas():
+    tokenizer = FSQTokenizer()
+    plain = np.full((1, 256, 256, 3), (125, 95, 70), np.uint8)
+    noisy = plain + np.random.default_rng(0).integers(-4, 5, plain.shape)
+    assert len(np.unique(tokenizer.encode(plain))) == 1
+    assert (tokenizer.encode(noisy.astype(np.uint8)) == tokenizer.encode(plain)).all()
+
+
+def test_fsq_does_not_depend_on_the_batch(real_images):
+    tokenizer = FSQTokenizer()
+    whole = tokenizer.encode(real_images)
+    single = np.concatenate([FSQTokenizer().encode(image[None]) for image in real_images])
+    np.testing.assert_array_equal(whole, single)
+    np.testing.assert_array_equal(tokenizer.decode(whole)[3], tokenizer.decode(whole[3:4])[0])
+    # A permanent record: new code may not change what old token files mean.
+    assert whole[0, 8].tolist() == GOLDEN
+
+
+def test_fsq_colours_and_slopes_survive():
+    tokenizer = FSQTokenizer()
+    ramp = np.tile(np.linspace(40, 215, 256)[None, :, None], (256, 1, 3)).astype(np.uint8)[None]
+    assert psnr(ramp, tokenizer.decode(tokenizer.encode(ramp)))[0] > 35
+    for color in ((200, 60, 50), (60, 160, 70), (60, 90, 190), (230, 190, 160)):
+        image = np.full((1, 256, 256, 3), color, np.uint8)
+        error = np.abs(tokenizer.decode(tokenizer.encode(image)).astype(int) - image)
+        assert error.max() <= 24, color
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((1, 256, 256, 3), np.float32),
+        np.zeros((256, 256, 3), np.uint8),
+        np.zeros((1, 240, 256, 3), np.uint8),
+        np.zeros((1, 3, 256, 256), np.uint8),
+    ],
+)
+def test_bad_images(images):
+    with pytest.raises(DataError, match=r"images: expected uint8 \(B, 256, 256, 3\)"):
+        FSQTokenizer().encode(images)
+
+
+def test_bad_tokens():
+    with pytest.raises(DataError, match=r"ids in \[0, 64000\), found 64000"):
+        FSQTokenizer().decode(np.full((1, 16, 16), 64_000))
+    with pytest.raises(DataError, match=r"ids in \[0, 64000\), found -1"):
+        FSQTokenizer().decode(np.full((1, 16, 16), -1))
+    with pytest.raises(DataError, match=r"integers \(B, 16, 16\)"):
+        FSQTokenizer().decode(np.zeros((1, 256), int))
+    with pytest.raises(DataError, match="expected fsq or cosmos, found 'vqgan'"):
+        make_tokenizer("vqgan")
+
+
+class Encoder(torch.nn.Module):
+    """Block means of the first channel, in the published encoder's form."""
+
+    def __init__(self, top: float = 63_999.0):
+        super().__init__()
+        self.top = torch.nn.Parameter(torch.tensor(top))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = torch.nn.functional.avg_pool2d(x[:, 0], 16)
+        return ((mean + 1) / 2 * self.top).round().to(torch.int32), x
+
+
+class Decoder(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        value = tokens.float() / 63_999 * 2 - 1
+        value = value.repeat_interleave(16, 1).repeat_interleave(16, 2)
+        return torch.stack([value, value, value], 1) * 1.01
+
+
+class Floating(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+
+def save(module, path):
+    torch.jit.script(module).save(str(path))
+
+
+@pytest.fixture
+def cosmos_dir(tmp_path):
+    save(Encoder(), tmp_path / "encoder.jit")
+    save(Decoder(), tmp_path / "decoder.jit")
+    return tmp_path
+
+
+def test_cosmos_round_trip(cosmos_dir):
+    tokenizer = make_tokenizer("cosmos", cosmos_dir)
+    levels = np.linspace(0, 255, 256).round().astype(np.uint8).reshape(16, 16)
+    images = np.repeat(levels.repeat(16, 0).repeat(16, 1)[None, :, :, None], 3, -1)
+    tokens = tokenizer.encode(images)
+    assert tokens.shape == (1, 16, 16)
+    assert tokens[0, 0, 0] == 0
+    assert tokens[0, -1, -1] == 63_999
+    assert np.abs(tokenizer.decode(tokens).astype(int) - images).max() <= 2
+
+
+def test_cosmos_without_weights(tmp_path):
+    with pytest.raises(DataError, match=r"--cosmos-dir: .* nvidia/Cosmos-0\.1-Tokenizer-DI16x16"):
+        make_tokenizer("cosmos")
+    with pytest.raises(DataError, match=r"encoder\.jit: expected a file.*huggingface-cli download"):
+        make_tokenizer("cosmos", tmp_path)
+
+
+def test_cosmos_with_broken_files(cosmos_dir):
+    (cosmos_dir / "encoder.jit").write_bytes(b"version https://git-lfs")
+    with pytest.raises(DataError, match=r"encoder\.jit: expected a TorchScript file"):
+        CosmosTokenizer(cosmos_dir).encode(np.zeros((1, 256, 256, 3), np.uint8))
+    save(Encoder(70_000.0), cosmos_dir / "encoder.jit")
+    with pytest.raises(DataError, match=r"ids in \[0, 64000\), found .* 70000"):
+        CosmosTokenizer(cosmos_dir).encode(np.full((1, 256, 256, 3), 255, np.uint8))
+    save(Floating(), cosmos_dir / "encoder.jit")
+    with pytest.raises(DataError, match=r"expected integers \(1, 16, 16\)"):
+        CosmosTokenizer(cosmos_dir).encode(np.zeros((1, 256, 256, 3), np.uint8))
+    save(Floating(), cosmos_dir / "decoder.jit")
+    with pytest.raises(DataError, match=r"decoder\.jit: expected \(1, 3, 256, 256\)"):
+        CosmosTokenizer(cosmos_dir).decode(np.zeros((1, 16, 16), int))
