@@ -8,5 +8,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("has_cuda") = bool(M4K_CUDA);
     m4k::bind_simd(m);
     m4k::bind_linear_cross_entropy(m);
+    m4k::bind_segments(m);
+    m4k::bind_cross_modal_attention(m);
     m4k::bind_quantize_coords(m);
 }

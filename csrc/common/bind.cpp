@@ -1,5 +1,7 @@
 #include "common/bind.h"
 
+#include "common/pointer.h"
+#include "common/segments.h"
 #include "common/simd.h"
 
 namespace m4k {
@@ -7,6 +9,14 @@ namespace m4k {
 void bind_simd(py::module_& m) {
     m.def("simd_level", &simd_level_name);
     m.def("set_simd_level", &set_simd_level);
+}
+
+void bind_segments(py::module_& m) {
+    m.def("segments_consistent", [](uintptr_t cu_seqlens, uintptr_t counts, int64_t batch, int64_t modalities,
+                                    int64_t total, int64_t max_seqlen) {
+        const SegmentsView segments{as_ptr<const int32_t>(cu_seqlens), as_ptr<const int32_t>(counts)};
+        return segments_consistent(segments, batch, modalities, total, max_seqlen);
+    });
 }
 
 }  // namespace m4k

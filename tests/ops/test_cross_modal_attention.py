@@ -1,16 +1,16 @@
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from m4kernels import Segments, cross_modal_attention
+from m4kernels import Segments, _ext, cross_modal_attention
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS, m4_counts, random_counts
 from m4kernels.testing import assert_within_error_budget
 
-BACKENDS = ["reference"]
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", ["cpp", "reference"])
 EYE = torch.eye(4, dtype=torch.bool)
 ALLOW = {
     "full": None,
@@ -20,6 +20,22 @@ ALLOW = {
     "one empty row, one empty column": torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]]).bool(),
     "cross": ~EYE,
 }
+
+
+@pytest.fixture(params=["reference", "cpp avx512", "cpp avx2", "cpp portable"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend's name; the compiled one once for each SIMD level that this CPU has."""
+    name, _, level = request.param.partition(" ")
+    if not level:
+        yield name
+        return
+    extension = _ext.require()
+    try:
+        extension.set_simd_level(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield name
+    extension.set_simd_level("auto")
 
 
 def dense(
@@ -92,62 +108,58 @@ def check(
     return actual
 
 
-@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("allow", ALLOW)
 @pytest.mark.parametrize("cross", [False, True])
-def test_equals_dense(backend: str, dtype: torch.dtype, allow: str, cross: bool) -> None:
+def test_equals_dense(kernel: str, dtype: torch.dtype, allow: str, cross: bool) -> None:
     g = torch.Generator().manual_seed(1)
+    if kernel == "cpp" and dtype == torch.float64:
+        pytest.skip("the compiled backend computes in float32")
     counts = random_counts(7, (19, 5, 37, 1), g)
     k_counts = random_counts(7, (9, 21, 4, 33), g) if cross else None
     tensors, q_seg, k_seg = case(counts, k_counts, heads=(4, 2), dim=24, dtype=dtype, tails=(5, 3))
-    actual = check(backend, tensors, q_seg, k_seg, ALLOW[allow], None)
+    actual = check(kernel, tensors, q_seg, k_seg, ALLOW[allow], None)
     tail = int(q_seg.cu_seqlens[-1])
     assert (actual[0][tail:] == 0).all()
     assert (actual[1][tail:] == 0).all()
     assert all((x[int(k_seg.cu_seqlens[-1]) :] == 0).all() for x in actual[2:])
 
 
-@backends
 @pytest.mark.parametrize("dim", [1, 7, 8, 12, 40, 64, 72, 80, 128, 136])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 3)])
-def test_heads_and_head_dims(backend: str, dim: int, heads: tuple[int, int]) -> None:
+def test_heads_and_head_dims(kernel: str, dim: int, heads: tuple[int, int]) -> None:
     counts = random_counts(4, (30, 3, 18, 9), torch.Generator().manual_seed(dim), empty=0.1)
-    check(backend, *case(counts, heads=heads, dim=dim), ALLOW["causal"], None)
+    check(kernel, *case(counts, heads=heads, dim=dim), ALLOW["causal"], None)
 
 
-@backends
 @pytest.mark.parametrize("allow", ["full", "within"])
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 47, 48, 49, 64, 95, 97, 255, 256, 300])
-def test_lengths(backend: str, length: int, allow: str) -> None:
+def test_lengths(kernel: str, length: int, allow: str) -> None:
     """Around every width of a register block."""
     counts = torch.tensor([[length, 0, 0, 0], [0, length // 2, length - length // 2, 0]])
-    check(backend, *case(counts, counts.flip(0).roll(1, 1), dim=8), None, None)
-    check(backend, *case(counts, dim=8), ALLOW[allow], None)
+    check(kernel, *case(counts, counts.flip(0).roll(1, 1), dim=8), None, None)
+    check(kernel, *case(counts, dim=8), ALLOW[allow], None)
 
 
-@backends
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3, 3.0])
-def test_scale(backend: str, scale: float) -> None:
-    check(backend, *case(torch.tensor([[9, 2, 0, 7], [3, 0, 1, 0]])), None, scale)
+def test_scale(kernel: str, scale: float) -> None:
+    check(kernel, *case(torch.tensor([[9, 2, 0, 7], [3, 0, 1, 0]])), None, scale)
 
 
-@backends
-def test_large_scores(backend: str) -> None:
+def test_large_scores(kernel: str) -> None:
     """Scores of some thousands neither overflow nor lose rows; rounding them costs |score| eps of each weight."""
     (q, k, v, grad), q_seg, k_seg = case(torch.tensor([[40, 3, 20, 0], [0, 1, 0, 0]]))
     tensors = [q * 60, k * 60, v, grad]
     largest = 0.25 * torch.einsum("qhd,khd->hqk", tensors[0], tensors[1]).abs().max()
     assert largest > 5000
     truth = run(dense, [x.double() for x in tensors], q_seg, k_seg, None, None)
-    actual = run(cross_modal_attention, tensors, q_seg, k_seg, backend=backend)
+    actual = run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel)
     for a, t in zip(actual, truth, strict=True):
         assert (a - t).abs().max() < 4 * torch.finfo(torch.float32).eps * largest * t.abs().max()
 
 
-@backends
 @pytest.mark.parametrize("shape", ["no samples", "all empty", "no queries", "no keys"])
-def test_nothing_to_attend_to(backend: str, shape: str) -> None:
+def test_nothing_to_attend_to(kernel: str, shape: str) -> None:
     some, none = torch.tensor([[3, 0, 2, 1], [0, 4, 0, 0]]), torch.zeros(2, 4, dtype=torch.int32)
     counts, k_counts = {
         "no samples": (none[:0], none[:0]),
@@ -157,65 +169,60 @@ def test_nothing_to_attend_to(backend: str, shape: str) -> None:
     }[shape]
     for tails in ((0, 0), (4, 6)):
         tensors, q_seg, k_seg = case(counts, k_counts, tails=tails)
-        for x in run(cross_modal_attention, tensors, q_seg, k_seg, backend=backend):
+        for x in run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel):
             assert (x == 0).all()
 
 
-@backends
-def test_masked_rows_of_a_sample_give_zero(backend: str) -> None:
+def test_masked_rows_of_a_sample_give_zero(kernel: str) -> None:
     tensors, q_seg, k_seg = case(torch.tensor([[3, 2, 0, 4]]))
     allow = torch.ones(4, 4, dtype=torch.bool)
     allow[1] = False  # rows 3 and 4 attend to nothing
-    out, dq, *_ = check(backend, tensors, q_seg, k_seg, allow, None)
+    out, dq, *_ = check(kernel, tensors, q_seg, k_seg, allow, None)
     assert (out[3:5] == 0).all()
     assert (dq[3:5] == 0).all()
     assert (out[[0, 1, 2, 5, 6, 7, 8]] != 0).all()
 
 
-@backends
-def test_tail_may_hold_anything(backend: str) -> None:
+def test_tail_may_hold_anything(kernel: str) -> None:
     """The tail of a batch of fixed capacity is never read, so NaN there changes nothing."""
     counts = random_counts(5, (9, 3, 9, 3), torch.Generator().manual_seed(2))
     tensors, q_seg, k_seg = case(counts, tails=(6, 6))
-    clean = run(cross_modal_attention, tensors, q_seg, k_seg, backend=backend)
+    clean = run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel)
     n = int(q_seg.cu_seqlens[-1])
     poisoned = [x.clone() for x in tensors]
     for x in poisoned:
         x[n:] = torch.nan
-    for a, b in zip(clean, run(cross_modal_attention, poisoned, q_seg, k_seg, backend=backend), strict=True):
+    for a, b in zip(clean, run(cross_modal_attention, poisoned, q_seg, k_seg, backend=kernel), strict=True):
         assert torch.equal(a, b)
 
 
-@backends
-def test_other_strides(backend: str) -> None:
+def test_other_strides(kernel: str) -> None:
     counts = torch.tensor([[20, 1, 9, 0], [0, 2, 5, 5]])
     (q, k, v, grad), q_seg, k_seg = case(counts, dim=16)
-    expected = run(cross_modal_attention, [x.contiguous() for x in (q, k, v, grad)], q_seg, k_seg, backend=backend)
+    expected = run(cross_modal_attention, [x.contiguous() for x in (q, k, v, grad)], q_seg, k_seg, backend=kernel)
     strided = [
         q.transpose(0, 1).contiguous().transpose(0, 1),  # heads outermost
         k.transpose(1, 2).contiguous().transpose(1, 2),  # head_dim not contiguous
         torch.stack([v, v], -1)[..., 0],
         grad,
     ]
-    for a, b in zip(expected, run(cross_modal_attention, strided, q_seg, k_seg, backend=backend), strict=True):
+    for a, b in zip(expected, run(cross_modal_attention, strided, q_seg, k_seg, backend=kernel), strict=True):
         assert torch.equal(a, b)
     broadcast = torch.ones(1, 1, 1).expand(grad.shape)  # as out.sum().backward() sends it
-    ones = run(cross_modal_attention, [q, k, v, torch.ones_like(grad)], q_seg, k_seg, backend=backend)
-    for a, b in zip(ones, run(cross_modal_attention, [q, k, v, broadcast], q_seg, k_seg, backend=backend), strict=True):
+    ones = run(cross_modal_attention, [q, k, v, torch.ones_like(grad)], q_seg, k_seg, backend=kernel)
+    for a, b in zip(ones, run(cross_modal_attention, [q, k, v, broadcast], q_seg, k_seg, backend=kernel), strict=True):
         assert torch.equal(a, b)
 
 
-@backends
 @pytest.mark.parametrize("allow", ["full", "within"])
-def test_m4_shapes(backend: str, allow: str) -> None:
+def test_m4_shapes(kernel: str, allow: str) -> None:
     g = torch.Generator().manual_seed(4)
     encoder, decoder = m4_counts(4, M4_INPUT_MEANS, g), m4_counts(4, M4_TARGET_MEANS, g)
     for counts, k_counts in ((encoder, None), (decoder, None), (decoder, encoder)):
-        check(backend, *case(counts, k_counts, heads=(10, 10), dim=64), ALLOW[allow], None)
+        check(kernel, *case(counts, k_counts, heads=(10, 10), dim=64), ALLOW[allow], None)
 
 
-@backends
-def test_same_bits_on_every_run_and_number_of_threads(backend: str) -> None:
+def test_same_bits_on_every_run_and_number_of_threads(kernel: str) -> None:
     counts = random_counts(9, (60, 20, 60, 20), torch.Generator().manual_seed(3))
     call = functools.partial(run, cross_modal_attention, *(lambda t, q, k: (t, q, k))(*case(counts, heads=(4, 2))))
     threads = torch.get_num_threads()
@@ -223,7 +230,7 @@ def test_same_bits_on_every_run_and_number_of_threads(backend: str) -> None:
         results = []
         for n in (1, 2, 3, 1):
             torch.set_num_threads(n)
-            results.append(call(backend=backend))
+            results.append(call(backend=kernel))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -314,6 +321,10 @@ BAD = [
     ({"allow": torch.ones(3, 3, dtype=torch.bool)}, r"allow must be bool \(2, 2\), got torch.bool \(3, 3\)"),
     ({"allow": torch.ones(2, 2)}, r"allow must be bool \(2, 2\), got torch.float32 \(2, 2\)"),
     ({"allow": torch.ones(2, 2, dtype=torch.bool, device="meta")}, "allow must be on the device of q, cpu, got meta"),
+    (
+        {n: Q.double() for n in "qkv"} | {"backend": "cpp"},
+        "'cpp' cannot run: it computes in float32, got torch.float64",
+    ),
     ({"backend": "fast"}, "backend='fast' is unknown; expected one of"),
 ]
 
