@@ -1,0 +1,108 @@
+"""linear_cross_entropy, forward and backward: three matrix products and one pass over the logits."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Run, Work
+from benchmarks.peers import whole_logits
+from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
+from m4kernels import linear_cross_entropy
+
+PADDED_SHARE = 95 / 256  # of the decoder's 256 slots a sample that hold a target, in M4
+
+
+class Tokens(NamedTuple):
+    x: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (T,)
+    vocab_limit: Tensor | None  # (T,)
+
+
+def tokens(count: int, dim: int, classes: int, *, ignored: float = 0.0, limits: tuple[int, ...] = ()) -> Tokens:
+    g = torch.Generator().manual_seed(0)
+    limit = torch.full((count,), classes)
+    if limits:
+        limit = torch.tensor(limits)[torch.randint(0, len(limits), (count,), generator=g)]
+    targets = (torch.rand(count, generator=g, dtype=torch.float64) * limit).long()
+    targets[torch.rand(count, generator=g) < ignored] = -100
+    return Tokens(
+        torch.randn(count, dim, generator=g).requires_grad_(),
+        (torch.randn(classes, dim, generator=g) * 0.02).requires_grad_(),
+        targets,
+        limit if limits else None,
+    )
+
+
+def work(inputs: Tokens) -> Work:
+    limit = (
+        torch.full_like(inputs.targets, inputs.weight.shape[0]) if inputs.vocab_limit is None else inputs.vocab_limit
+    )
+    pairs = int(limit[inputs.targets >= 0].sum())
+    return Work(6 * inputs.x.shape[1] * pairs, "FLOP", "FLOP = 6 x D x (sum of the valid tokens' classes)")
+
+
+def trained(inputs: Tokens, loss: Callable[[], Tensor]) -> Run:
+    def run() -> None:
+        loss().backward()
+        inputs.x.grad = inputs.weight.grad = None
+
+    return run
+
+
+def ours(backend: str) -> Callable[[Tokens], Run]:
+    def prepare(inputs: Tokens) -> Run:
+        x, weight, targets, limit = inputs
+        return trained(
+            inputs, lambda: linear_cross_entropy(x, weight, targets, vocab_limit=limit, backend=backend).loss
+        )
+
+    return prepare
+
+
+def padded(inputs: Tokens) -> Run:
+    slots = round(inputs.x.shape[0] / PADDED_SHARE)
+    x = torch.randn(slots, inputs.x.shape[1])
+    x[: inputs.x.shape[0]] = inputs.x.detach()
+    x.requires_grad_()
+    targets = torch.full((slots,), -100)
+    targets[: inputs.x.shape[0]] = inputs.targets
+
+    def run() -> None:
+        whole_logits.padded(x, inputs.weight, targets).backward()
+        x.grad = inputs.weight.grad = None
+
+    return run
+
+
+SUITE = Suite(
+    "linear_cross_entropy",
+    {
+        "M4, 384 tokens": Case(lambda: tokens(384, 640, 65536), work),
+        "small (256 x 128 x 1,000)": Case(lambda: tokens(256, 128, 1000), work, without=("whole logits padded",)),
+        "sparse (limits, ignored)": Case(
+            lambda: tokens(384, 640, 65536, ignored=0.4, limits=(65536, 8192)),
+            work,
+            without=("whole logits padded", "F.linear_cross_entropy"),
+        ),
+        "M4 batch 96 (9,120 tokens)": Case(
+            lambda: tokens(9120, 640, 65536), work, without=("whole logits padded",), full=True
+        ),
+        "tiny (32 x 16 x 100)": Case(lambda: tokens(32, 16, 100), work, without=("whole logits padded",), full=True),
+        "32 tokens": Case(lambda: tokens(32, 640, 65536), work, full=True),
+        "few classes (9,120 x 640 x 64)": Case(
+            lambda: tokens(9120, 640, 64), work, without=("whole logits padded",), full=True
+        ),
+    },
+    {
+        "cpp": ours("cpp"),
+        "reference": ours("reference"),
+        "whole logits packed": lambda i: trained(i, lambda: whole_logits.packed(*i)),
+        "whole logits padded": padded,
+        "F.linear_cross_entropy": lambda i: trained(i, lambda: F.linear_cross_entropy(i.x, i.weight, i.targets)),
+    },
+    guards=(("cpp", "reference"), ("cpp", "whole logits packed"), ("cpp", "whole logits padded")),
+)

@@ -1,0 +1,60 @@
+"""Options, parametrisation and the final table of `pytest benchmarks/`."""
+
+import pytest
+
+from benchmarks.results import Session
+
+_SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("m4 benchmarks")
+    group.addoption(
+        "--save-results", action="store_true", help="write what was measured to benchmarks/results/<machine>/"
+    )
+    group.addoption("--update-floors", action="store_true", help="set the floors of the guards from what is measured")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SESSION] = Session()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    suite = getattr(metafunc.module, "SUITE", None)
+    if suite is None or "suite" not in metafunc.fixturenames:
+        return
+    second = "provider" if "provider" in metafunc.fixturenames else "pair"
+    values = []
+    for name, case in suite.cases.items():
+        marks = [pytest.mark.full] if case.full else []
+        if second == "provider":
+            choices = [(p, p) for p in suite.providers if p not in case.without]
+        else:
+            choices = [(pair, " over ".join(pair)) for pair in suite.guards if not set(pair) & set(case.without)]
+        values += [pytest.param(suite, name, value, id=f"{name}-{label}", marks=marks) for value, label in choices]
+    metafunc.parametrize(("suite", "case", second), values)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long list runs only when `-m` asks for it."""
+    if config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("full")]
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=long)
+
+
+@pytest.fixture
+def session(request: pytest.FixtureRequest) -> Session:
+    return request.config.stash[_SESSION]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    measured = config.stash[_SESSION]
+    if not measured.records and not measured.speedups:
+        return
+    terminalreporter.section("m4 benchmarks")
+    for line in measured.table():
+        terminalreporter.write_line(line)
+    if config.getoption("--save-results"):
+        terminalreporter.write_line(f"saved to {measured.save()}")

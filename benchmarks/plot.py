@@ -1,0 +1,91 @@
+"""`python -m benchmarks.plot`: draw a saved session to a PNG, one bar a provider, each case against its reference."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.results import RESULTS, machine_name, readable
+
+COLOURS = {"cpp": "#1b6ca8", "auto": "#1b6ca8"}
+OTHER = "#b8bec6"
+
+
+def newest(folder: Path) -> Path:
+    """The session saved last in a machine's folder.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    found = sorted(folder.glob("*.json"))
+    if not found:
+        raise SystemExit(f"no results in {folder}: run `pytest benchmarks/ --save-results` first")
+    return found[-1]
+
+
+def draw(session: dict[str, Any], out: Path) -> None:
+    """One panel an op; a bar's length is its time over our kernel's, so longer is slower."""
+    ops: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in session["records"]:
+        ops.setdefault(record["op"], {}).setdefault(record["case"], []).append(record)
+    rows = [sum(len(records) + 1 for records in cases.values()) for cases in ops.values()]
+    figure, panels = plt.subplots(
+        len(ops), 1, figsize=(9, 0.8 + 0.24 * sum(rows) + 0.5 * len(ops)), squeeze=False, height_ratios=rows
+    )
+    for axis, (op, cases) in zip(panels[:, 0], ops.items(), strict=True):
+        y, ticks, labels = 0.0, [], []
+        longest = 1.0
+        for case, records in cases.items():
+            ours = next((r for r in records if r["provider"] in COLOURS), records[0])
+            axis.text(1, y, f"{case}:  time relative to {ours['provider']}", va="center", fontsize=8, weight="bold")
+            for record in records:
+                y += 1
+                ratio = record["seconds"] / ours["seconds"]
+                longest = max(longest, ratio)
+                axis.barh(y, ratio, color=COLOURS.get(record["provider"], OTHER), height=0.75)
+                axis.text(
+                    ratio * 1.03,
+                    y,
+                    f"{ratio:.2g}x  ({readable(record['seconds'])}, {record['rate']})",
+                    va="center",
+                    fontsize=7,
+                )
+                ticks.append(y)
+                labels.append(record["provider"])
+            y += 1
+        axis.set_yticks(ticks, labels, fontsize=7)
+        axis.set_ylim(y - 0.2, -0.8)
+        axis.set_xscale("log")
+        axis.set_xlim(0.9 if longest > 1 else 0.5, longest * 12)
+        axis.set_title(op, fontsize=10, loc="left")
+        axis.tick_params(axis="x", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    where = session["environment"]
+    figure.suptitle(
+        f"{where['cpu']}, {where['threads']} threads, {where['simd']}; torch {where['torch']}; commit "
+        f"{where['commit'][:7]}; {session['time'][:10]}",
+        fontsize=8,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="?", type=Path, help="a saved session; default the newest of this machine")
+    parser.add_argument("--out", type=Path, default=RESULTS / "benchmarks.png")
+    arguments = parser.parse_args()
+    path = arguments.results or newest(RESULTS / machine_name())
+    draw(json.loads(path.read_text()), arguments.out)
+    print(f"drew {path} to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

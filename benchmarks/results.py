@@ -1,0 +1,120 @@
+"""What a benchmark session measured, where, and with what: printed, and saved as JSON when asked."""
+
+import json
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import m4kernels
+from benchmarks.measure import Work, copy_bandwidth, product_rate
+from m4kernels import _ext
+
+RESULTS = Path(__file__).with_name("results")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One provider on one case."""
+
+    op: str
+    case: str
+    provider: str
+    seconds: float  # median
+    rounds: int
+    rate: str
+    work: str  # formula of the amount that the rate counts
+    share_of_floor: float
+    peak_extra_bytes: int
+
+    @staticmethod
+    def of(op: str, case: str, provider: str, seconds: float, rounds: int, work: Work, peak: int) -> "Record":
+        share = work.share_of_floor(seconds)
+        return Record(op, case, provider, seconds, rounds, work.rate(seconds), work.formula, share, peak)
+
+
+@dataclass
+class Session:
+    """Everything measured in one run of pytest."""
+
+    records: list[Record] = field(default_factory=list)
+    speedups: dict[str, float] = field(default_factory=dict)
+
+    def table(self) -> list[str]:
+        """Lines for the terminal."""
+        lines = [f"{'op, case':<56} {'provider':<24} {'median':>10} {'rate':>16} {'of floor':>9} {'extra MiB':>10}"]
+        for r in self.records:
+            lines.append(
+                f"{f'{r.op}, {r.case}':<56} {r.provider:<24} {readable(r.seconds):>10} {r.rate:>16} "
+                f"{r.share_of_floor:>8.0%} {r.peak_extra_bytes / 2**20:>10.1f}"
+            )
+        lines += [f"{name:<82} {value:6.2f}x" for name, value in self.speedups.items()]
+        for formula in dict.fromkeys(f"{r.op}: {r.work}" for r in self.records):
+            lines.append(formula)
+        return lines
+
+    def save(self, root: Path = RESULTS) -> Path:
+        """Write the session to `<root>/<machine>/<time>-<commit>.json`, a new file each time."""
+        now = datetime.now(timezone.utc)
+        where = environment()
+        folder = root / machine_name()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{now:%Y%m%d-%H%M%S-%f}-{where['commit'][:7]}.json"
+        body = {
+            "time": now.isoformat(timespec="seconds"),
+            "environment": where,
+            "records": [asdict(record) for record in self.records],
+            "speedups": self.speedups,
+        }
+        path.write_text(json.dumps(body, indent=1) + "\n")
+        return path
+
+
+def readable(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine_name() -> str:
+    """A folder name: the CPU, its threads in use, the GPU if there is one."""
+    parts = [cpu_name(), f"{torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def environment() -> dict[str, Any]:
+    extension = _ext.load()
+    return {
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "simd": None if extension is None else extension.simd_level(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "copy_gigabytes_per_second": copy_bandwidth() / 1e9,
+        "product_gigaflops": product_rate() / 1e9,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "m4kernels": m4kernels.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""

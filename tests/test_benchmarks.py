@@ -1,0 +1,98 @@
+"""The benchmark guards fail when a kernel becomes slower; sessions are saved and drawn."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import guard, measure, plot
+from benchmarks.results import Record, Session
+from m4kernels import quantize_coords
+
+XY, VISIBLE = torch.rand(2000, 13, 2) * 256, torch.ones(2000, 13, dtype=torch.bool)
+NAME = "quantize_coords/2000 samples/cpp over reference"
+
+
+def quantize(backend: str, times: int = 1) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(times):
+            quantize_coords(XY, VISIBLE, backend=backend)
+
+    return run
+
+
+def check(kernel: Callable[[], None], path: Path, update: bool = False) -> float:
+    return guard.check(NAME, kernel, quantize("reference"), path=path, update=update, seconds=0.1)
+
+
+def test_guard_fails_when_the_kernel_is_made_slower(tmp_path: Path) -> None:
+    floors = tmp_path / "floors.yaml"
+    fast = check(quantize("cpp"), floors, update=True)
+    floor = guard.load(floors)[NAME]
+    assert 0.6 * fast < floor < 0.9 * fast
+    assert check(quantize("cpp"), floors) >= floor
+    with pytest.raises(guard.GuardError) as error:
+        check(quantize("cpp", times=20), floors)
+    message = str(error.value)
+    assert NAME in message
+    assert f"floor {floor}x" in message
+    assert "measured" in message
+    assert "--update-floors" in message
+    assert guard.load(floors) == {NAME: floor}  # a failure changes nothing
+
+
+def test_guard_wants_a_committed_floor(tmp_path: Path) -> None:
+    with pytest.raises(guard.GuardError, match=r"no floor in floors\.yaml \(measured .*x\)\. Set it"):
+        check(quantize("cpp"), tmp_path / "floors.yaml")
+
+
+def test_a_single_disturbance_does_not_fail_the_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    floors = tmp_path / "floors.yaml"
+    guard.save({NAME: 5.0}, floors)
+    measured = iter([1.0, 9.0])
+    monkeypatch.setattr(guard, "speedup", lambda *_, **__: next(measured))
+    assert check(quantize("cpp"), floors) == 9.0
+
+
+def test_runs_are_measured_in_turns() -> None:
+    calls: list[str] = []
+
+    def slow(name: str) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            time.sleep(3e-4)  # long enough not to be repeated within a round
+
+        return run
+
+    medians = measure.alternate({"a": slow("a"), "b": slow("b")}, seconds=0, rounds=(4, 4))
+    assert calls == ["a", "b"] * 6  # warm-up, a look at the duration, four rounds
+    assert all(value >= 3e-4 for value in medians.values())
+
+
+def test_session_is_saved_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda: 1e10)
+    work = measure.Work(1e6, "B", "bytes = 1e6")
+    session = Session(
+        [
+            Record.of("op", "case", name, seconds, 3, work, 2**20)
+            for name, seconds in (("cpp", 2e-4), ("reference", 1e-3))
+        ],
+        {"op/case/cpp over reference": 5.0},
+    )
+    assert session.records[0].share_of_floor == pytest.approx(0.5)
+    assert session.records[0].rate == "5.0 GB/s"
+    assert any("5.00x" in line for line in session.table())
+    first, second = session.save(tmp_path), session.save(tmp_path)
+    assert first.parent == second.parent
+    body = json.loads(second.read_text())
+    assert len(body["environment"]["commit"]) in (7, 40)
+    assert body["environment"]["torch"] == torch.__version__
+    assert body["records"][1]["provider"] == "reference"
+    assert plot.newest(second.parent) == second
+    plot.draw(body, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit, match="--save-results"):
+        plot.newest(tmp_path / "nowhere")
