@@ -38,7 +38,7 @@ def video_path(done: Path, name: str) -> Path:
 def pack_video(arrays: dict[str, np.ndarray]) -> bytes:
     """The arrays as an .npz file that, unlike numpy's own, does not carry the time of writing."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, array in arrays.items():
             content = io.BytesIO()
             np.save(content, array)

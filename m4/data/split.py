@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from m4.data.errors import data_error
-from m4.data.layout import SPLITS
+from m4.data.layout import SPLITS, token_file
 
 UNITS = ("video", "pair")
 
@@ -23,11 +23,12 @@ def split_output_dataset(
 ) -> dict[str, int]:
     """Move every sample of ``root`` to ``train``, ``eval`` or ``test``; return the number of samples in each.
 
-    Samples may lie in ``{root}/{modality}/{pid}`` or already in splits. The outcome depends on the set of samples and
-    the arguments only, so calling it again moves nothing. ``unit="video"`` keeps all pairs of a video together (videos
-    are read from ``{root}/pairs.csv``); ``"pair"`` draws every pair by itself. Units are counted by largest remainder:
-    each split gets its share to within one unit, and none with a positive fraction stays empty while there are units.
-    Raises DataError for bad arguments, a missing or empty root, or a pair whose video is unknown.
+    Samples, folders named by a number with one file each, may lie in ``{root}/{modality}/{pid}`` or already in splits.
+    The outcome depends on the set of samples and the arguments only, so calling it again moves nothing.
+    ``unit="video"`` keeps all pairs of a video together (videos are read from ``{root}/pairs.csv``); ``"pair"`` draws
+    every pair by itself. Units are counted by largest remainder: each split gets its share to within one unit, and none
+    with a positive fraction stays empty while there are units. Raises DataError for bad arguments, a missing or empty
+    root, or a pair whose video is unknown.
     """
     root = Path(root)
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
@@ -76,6 +77,10 @@ def _homes(root: Path) -> dict[tuple[str, str], Path]:
             if base == root and modality.name in SPLITS:
                 continue
             for sample in _folders(modality):
+                # Other folders, such as the frames of an embedded sample set, are not samples.
+                if not sample.name.isdecimal():
+                    continue
+                token_file(sample)
                 first = homes.setdefault((modality.name, sample.name), sample)
                 if first != sample:
                     raise data_error(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from m4.data.options import PrepareOptions
 from m4.data.pairs import find_pairs
 from m4.data.penn_action import open_video
 from m4.data.prepare import prepare
+from m4.data.tokenise import shared_captioner
 from m4.data.tokenizers import make_tokenizer
 from m4kernels import quantize_coords
 
@@ -292,6 +294,55 @@ def test_blip_without_transformers(videos, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"--captions blip: expected the transformers library.*m4kernels\[blip\]"):
         prepare(videos, tmp_path / "out", PrepareOptions(captions="blip"), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def fake_transformers(weights=True):
+    """A module with the two classes and calls of transformers that are used."""
+
+    class Processor:
+        @classmethod
+        def from_pretrained(cls, name):
+            assert name == "Salesforce/blip-image-captioning-base"
+            return cls()
+
+        def __call__(self, images, return_tensors):
+            assert return_tensors == "pt"
+            return {"pixels": torch.tensor([image.size[0] for image in images])}
+
+        def batch_decode(self, output, skip_special_tokens):
+            assert skip_special_tokens
+            return [f"a frame {int(width)} wide " for width in output]
+
+    class Model:
+        @classmethod
+        def from_pretrained(cls, name):
+            if not weights:
+                raise OSError("cannot find the weights\nsecond line")
+            return cls()
+
+        def eval(self):
+            return self
+
+        def generate(self, pixels, max_new_tokens):
+            return pixels
+
+    module = types.ModuleType("transformers")
+    module.BlipProcessor, module.BlipForConditionalGeneration = Processor, Model
+    return module
+
+
+def test_blip_captions_the_reference_frame(videos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", fake_transformers())
+    shared_captioner.cache_clear()
+    prepare(videos, tmp_path / "out", PrepareOptions(captions="blip"), progress=False)
+    assert sample(tmp_path / "out", "captions", "000000") == {"caption": "a frame 161 wide"}
+    shared_captioner.cache_clear()
+
+
+def test_blip_without_weights(videos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", fake_transformers(weights=False))
+    with pytest.raises(DataError, match=r"expected BLIP's weights, found cannot find the weights\. Download"):
+        prepare(videos, tmp_path / "out", PrepareOptions(captions="blip"), progress=False)
 
 
 def test_captions_read_as_english():

@@ -1,6 +1,7 @@
 """Splits: exact counts, reproducible, without leakage, safe to repeat."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,18 @@ def test_an_interrupted_split_is_finished(tmp_path):
         assert members(tmp_path / "a", modality) == members(tmp_path / "b", modality)
 
 
+def test_videos_are_no_samples(tmp_path, videos):
+    """A folder of frames beside the samples stays; a folder of videos given by mistake is refused untouched."""
+    make(tmp_path, 10, 2)
+    (tmp_path / "videos/frames").mkdir(parents=True)
+    (tmp_path / "videos/frames/000001.jpg").write_bytes(b"x")
+    split_output_dataset(tmp_path)
+    assert (tmp_path / "videos/frames/000001.jpg").exists()
+    with pytest.raises(DataError, match=r"frames/0001: expected a folder with one file"):
+        split_output_dataset(videos, unit="pair")
+    assert not (videos / "train").exists()
+
+
 def test_errors(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         split_output_dataset(tmp_path / "nowhere")
@@ -97,10 +110,10 @@ def test_errors(tmp_path):
             split_output_dataset(tmp_path, fractions)
     with pytest.raises(DataError, match="video or pair, found 'frame'"):
         split_output_dataset(tmp_path, unit="frame")
-    (tmp_path / "train/rgb/000003").mkdir(parents=True)
+    shutil.copytree(tmp_path / "rgb/000003", tmp_path / "train/rgb/000003")
     with pytest.raises(DataError, match="expected each sample once"):
         split_output_dataset(tmp_path)
-    (tmp_path / "train/rgb/000003").rmdir()
+    shutil.rmtree(tmp_path / "train")
     (tmp_path / "pairs.csv").write_text("pid,video\n000000,a\n")
     with pytest.raises(DataError, match="a row for every sample, found none for 000001"):
         split_output_dataset(tmp_path)
