@@ -10,5 +10,6 @@ PYBIND11_MODULE(_C, m) {
     m4k::bind_linear_cross_entropy(m);
     m4k::bind_segments(m);
     m4k::bind_cross_modal_attention(m);
+    m4k::bind_mask_tokens(m);
     m4k::bind_quantize_coords(m);
 }

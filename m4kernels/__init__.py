@@ -3,17 +3,21 @@
 from m4kernels._version import __version__
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
 from m4kernels.ops.linear_cross_entropy.api import LinearCrossEntropyOutput, linear_cross_entropy
+from m4kernels.ops.mask_tokens.api import mask_tokens
+from m4kernels.ops.mask_tokens.spec import MaskingSpec
 from m4kernels.ops.quantize_coords.api import dequantize_coords, quantize_coords
 from m4kernels.segments import MaskedBatch, PackedTokens, Segments
 
 __all__ = [
     "LinearCrossEntropyOutput",
     "MaskedBatch",
+    "MaskingSpec",
     "PackedTokens",
     "Segments",
     "__version__",
     "cross_modal_attention",
     "dequantize_coords",
     "linear_cross_entropy",
+    "mask_tokens",
     "quantize_coords",
 ]

@@ -13,6 +13,7 @@ void bind_simd(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
 void bind_segments(py::module_& m);
 void bind_cross_modal_attention(py::module_& m);
+void bind_mask_tokens(py::module_& m);
 void bind_quantize_coords(py::module_& m);
 
 }  // namespace m4k

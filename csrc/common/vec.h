@@ -6,18 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/intrinsics.h"
 #include "common/simd.h"
-
-#if defined(M4K_SIMD_AVX512) || defined(M4K_SIMD_AVX2)
-#pragma GCC diagnostic push
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms of GCC 12 inside its own intrinsics
-#endif
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
 
 #define M4K_INLINE static inline __attribute__((always_inline))
 #define M4K_INLINE_MEMBER inline __attribute__((always_inline))
