@@ -27,8 +27,8 @@ class SynthOptions:
     """What to draw. frames: (fewest, most) per video; None for 24 … 60, or with poses all that a label has.
 
     size: (height, width) of every frame, or None for a mixture of Penn Action's sizes. scenes: number of different
-    backgrounds shared by the videos. steady: tripod cameras only. fps: frames a second of the motion. noise:
-    standard deviation of the sensor noise, grey levels.
+    backgrounds shared by the videos. people: number of different outfits they share, or None for one a video. steady:
+    tripod cameras only. fps: frames a second of the motion. noise: standard deviation of the sensor noise, grey levels.
     """
 
     videos: int
@@ -36,6 +36,7 @@ class SynthOptions:
     frames: tuple[int, int] | None = None
     size: tuple[int, int] | None = None
     scenes: int = 48
+    people: int | None = None
     steady: bool = False
     fps: float = 20.0
     noise: float = 1.6
@@ -135,7 +136,11 @@ def reenacted_clip(options: SynthOptions, index: int, source: Path) -> Clip:
 
 
 def _dressed(options, label: Label, track: Track, scene: Scene, offsets: np.ndarray, prop: str | None, rng) -> Clip:
-    outfit = random_outfit(rng)
+    if options.people is not None:
+        person = int(rng.integers(options.people))
+        outfit = random_outfit(np.random.default_rng([options.seed, 6, person]))
+    else:
+        outfit = random_outfit(rng)
     corners = rng.integers(0, _NOISE_SLACK, (len(label), 2))
     return Clip(label, track, scene, offsets, outfit, prop, options.noise, corners)
 

@@ -59,9 +59,10 @@ def synthesize(
 
 
 def _check(options: SynthOptions) -> None:
-    for name in ("videos", "scenes"):
-        if getattr(options, name) < 1:
-            raise data_error(name, expected="at least 1", actual=getattr(options, name), remedy="Ask for more.")
+    for name in ("videos", "scenes", "people"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise data_error(name, expected="at least 1", actual=value, remedy="Ask for more.")
     if options.frames is not None and not 2 <= options.frames[0] <= options.frames[1]:
         raise data_error("frames", expected="(fewest, most), at least 2", actual=options.frames, remedy="Correct it.")
     if options.size is not None and min(options.size) < 64:

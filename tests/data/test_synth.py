@@ -58,7 +58,8 @@ def test_other_options_or_strange_content_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(videos=0), dict(scenes=0), dict(frames=(5, 4)), dict(frames=(1, 1)), dict(size=(10, 10))]
+    "change",
+    [dict(videos=0), dict(scenes=0), dict(people=0), dict(frames=(5, 4)), dict(frames=(1, 1)), dict(size=(10, 10))],
 )
 def test_options_out_of_range(tmp_path, change):
     with pytest.raises(DataError, match="expected"):
