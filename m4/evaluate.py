@@ -105,6 +105,7 @@ def evaluate_run(run_dir: Path, split: str | None, device_name: str | None) -> d
 
     result = evaluate(model, batches(), config, device)
     baselines = unigram_baselines(config, root, batches())
+    losses = result.per_modality
     report = {
         "run": str(run_dir),
         "checkpoint": checkpoint.name,
@@ -112,8 +113,7 @@ def evaluate_run(run_dir: Path, split: str | None, device_name: str | None) -> d
         **asdict(result),
         "unigram": {name: asdict(figures) for name, figures in baselines.items()},
         "below_unigram": {
-            name: result.per_modality[name] is not None and result.per_modality[name] < figures.cross_entropy
-            for name, figures in baselines.items()
+            name: loss is not None and loss < baselines[name].cross_entropy for name, loss in losses.items()
         },
     }
     (run_dir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")

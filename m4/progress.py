@@ -55,7 +55,7 @@ class Progress:
         elapsed = time.monotonic() - self._start
         speed = self._samples / elapsed
         slots = self._config.input_tokens_range[1] + self._config.target_tokens_range[1]
-        metrics = {
+        metrics: dict[str, Any] = {
             "tokens": plan.tokens(state.position),
             "samples": state.position,
             "loss": sum(losses) / len(losses),

@@ -18,7 +18,7 @@ import torch
 
 from m4.batches import fixed_batches, mask_rows
 from m4.build import World, autocast, build_model, data_root, masking_spec, open_split, pick_device
-from m4.checkpoint import check_same_run, clean_temporaries, load_checkpoint, newest_whole, save_checkpoint
+from m4.checkpoint import RunIdentity, check_same_run, clean_temporaries, load_checkpoint, newest_whole, save_checkpoint
 from m4.cli import run_command
 from m4.config import TrainConfig, config_to_yaml, load_config
 from m4.data.store import TokenStore
@@ -59,12 +59,12 @@ def train(config: TrainConfig, command: str) -> int:
         optimizer = build_optimizer(model, config)
         stream = SampleStream(len(store), config.seed)
         state = LoopState()
-        identity = {"data_fingerprint": store.fingerprint, "samples_per_step": plan.samples_per_step}
+        identity = RunIdentity(store.fingerprint, plan.samples_per_step)
         clean_temporaries(run_dir)
         resumed = newest_whole(run_dir)
         if resumed is not None:
             path, meta = resumed
-            check_same_run(path, meta, config, **identity)
+            check_same_run(path, meta, config, identity)
             saved = load_checkpoint(path, model)
             optimizer.load_state_dict(saved["optimizer"])
             state = LoopState(**saved["loop"])
@@ -83,7 +83,7 @@ def train(config: TrainConfig, command: str) -> int:
                 return
             with stop.deferred():
                 contents = {"optimizer": optimizer.state_dict(), "loop": asdict(state), "random": _random_state()}
-                path = save_checkpoint(run_dir, state.step, model, contents, config, **identity)
+                path = save_checkpoint(run_dir, state.step, model, contents, config, identity)
                 saved_step = state.step
                 log.info("saved %s", path)
 

@@ -13,10 +13,12 @@ import torch
 
 from m4 import checkpoint
 from m4.build import build_model
-from m4.checkpoint import CheckpointError, check_same_run, load_checkpoint, newest_whole, save_checkpoint
+from m4.checkpoint import CheckpointError, RunIdentity, check_same_run, load_checkpoint, newest_whole, save_checkpoint
 from m4.config import TrainConfig, load_config
 from m4.optim import build_optimizer
 from tests.trainer.conftest import environment, write_config
+
+IDENTITY = RunIdentity("abc", 8)
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def saved(saved_once, tmp_path):
 
 def _save(run_dir, step, model, optimizer, config):
     state = {"optimizer": optimizer.state_dict(), "loop": {"step": step}}
-    return save_checkpoint(run_dir, step, model, state, config, data_fingerprint="abc", samples_per_step=8)
+    return save_checkpoint(run_dir, step, model, state, config, IDENTITY)
 
 
 def _newest_step(run_dir):
@@ -144,7 +146,7 @@ def test_checkpoint_of_another_config(saved, tiny_config, overrides, said):
     path, meta = newest_whole(saved[0])
     other, _ = load_config(tiny_config, overrides)
     with pytest.raises(CheckpointError) as caught:
-        check_same_run(path, meta, other, data_fingerprint="abc", samples_per_step=8)
+        check_same_run(path, meta, other, IDENTITY)
     for part in (*said, str(path), "run_name"):
         assert part in str(caught.value)
 
@@ -152,16 +154,16 @@ def test_checkpoint_of_another_config(saved, tiny_config, overrides, said):
 def test_checkpoint_of_other_data_or_batch(saved, config):
     path, meta = newest_whole(saved[0])
     with pytest.raises(CheckpointError, match="data fingerprint is 'abc' there and 'xyz' now"):
-        check_same_run(path, meta, config, data_fingerprint="xyz", samples_per_step=8)
+        check_same_run(path, meta, config, RunIdentity("xyz", 8))
     with pytest.raises(CheckpointError, match=r"samples a step.* is 8 there and 12 now"):
-        check_same_run(path, meta, config, data_fingerprint="abc", samples_per_step=12)
+        check_same_run(path, meta, config, RunIdentity("abc", 12))
 
 
 @pytest.mark.parametrize("override", ["kernels=reference", "eval_freq=9", "log.every=7", "run_name=x", "batch_size=8"])
 def test_what_may_change(saved, tiny_config, override):
     path, meta = newest_whole(saved[0])
     other, _ = load_config(tiny_config, [override])
-    check_same_run(path, meta, other, data_fingerprint="abc", samples_per_step=8)
+    check_same_run(path, meta, other, IDENTITY)
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000])
