@@ -11,6 +11,7 @@ import pickle
 import platform
 import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,21 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or resumed: the message says which, why, and what to do."""
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is besides its configuration."""
+
+    data_fingerprint: str
+    samples_per_step: int
+
+
 def save_checkpoint(
     run_dir: Path,
     step: int,
     model: nn.Module,
     state: dict[str, Any],
     config: TrainConfig,
-    *,
-    data_fingerprint: str,
-    samples_per_step: int,
+    identity: RunIdentity,
 ) -> Path:
     """Write ``checkpoints/step-XXXXXXXX`` and drop all but the newest ``keep_ckpts``.
 
@@ -83,8 +90,7 @@ def save_checkpoint(
         meta = {
             "format": FORMAT,
             "step": step,
-            "samples_per_step": samples_per_step,
-            "data_fingerprint": data_fingerprint,
+            **asdict(identity),
             "config": config_to_dict(config),
             "versions": {
                 "python": platform.python_version(),
@@ -128,18 +134,16 @@ def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def check_same_run(
-    path: Path, meta: dict[str, Any], config: TrainConfig, *, data_fingerprint: str, samples_per_step: int
-) -> None:
+def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identity: RunIdentity) -> None:
     """Raise `CheckpointError` naming the first setting in which the checkpoint is of another run."""
     saved, now = _trajectory(meta["config"]), _trajectory(config_to_dict(config))
+    names = {
+        "samples_per_step": "samples a step (batch_size times accumulation)",
+        "data_fingerprint": "data fingerprint",
+    }
+    for key, name in names.items():
+        saved[name], now[name] = meta[key], getattr(identity, key)
     differences = [(key, saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]]
-    if meta["samples_per_step"] != samples_per_step:
-        differences.append(
-            ("samples a step (batch_size times accumulation)", meta["samples_per_step"], samples_per_step)
-        )
-    if meta["data_fingerprint"] != data_fingerprint:
-        differences.append(("data fingerprint", meta["data_fingerprint"], data_fingerprint))
     if differences:
         key, before, after = differences[0]
         more = (

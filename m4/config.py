@@ -128,15 +128,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
         raw = OmegaConf.load(path)
         if not isinstance(raw, DictConfig):
             raise ConfigError(f"{path}: expected keys with values at the top level, got {type(raw).__name__}")
+        merged: Any = raw
         overridden: set[str] = set()
         for text in overrides or []:
             override = _parse_override(text)
-            overridden.update(_leaves(OmegaConf.to_container(override)))
+            overridden.update(_leaves(_plain(override)))
             try:
-                raw = OmegaConf.merge(raw, override)
+                merged = OmegaConf.merge(merged, override)
             except TypeError:  # a list for a section, or the reverse
                 raise ConfigError(f"{text}: the value does not fit what {text.partition('=')[0]} holds") from None
-        tree = OmegaConf.to_container(raw, resolve=True)
+        tree = _plain(merged)
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError as error:
@@ -212,6 +213,12 @@ def _parse_override(text: str) -> DictConfig:
         raise ConfigError(f"{text}: cannot be read: {' '.join(str(error).split())}") from None
 
 
+def _plain(tree: DictConfig) -> dict[str, Any]:
+    """Nested dicts and lists, with interpolations resolved."""
+    plain: Any = OmegaConf.to_container(tree, resolve=True)
+    return plain
+
+
 def _leaves(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key → value, descending only into our sections (or, for unknown keys, all the way)."""
     found = {}
@@ -226,12 +233,13 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def _schema() -> dict[str, str]:
     """Dotted key → annotated type, of every leaf."""
-    leaves = {}
+    leaves: dict[str, str] = {}
     for top in dataclasses.fields(TrainConfig):
         if isinstance(top.default_factory, type) and dataclasses.is_dataclass(top.default_factory):
-            leaves.update({f"{top.name}.{leaf.name}": leaf.type for leaf in dataclasses.fields(top.default_factory)})
+            inside = dataclasses.fields(top.default_factory)
+            leaves.update({f"{top.name}.{leaf.name}": str(leaf.type) for leaf in inside})
         else:
-            leaves[top.name] = top.type
+            leaves[top.name] = str(top.type)
     return leaves
 
 

@@ -1,0 +1,111 @@
+"""From a configuration to the objects of a run: device, world, data, masks, model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from m4.config import ConfigError, TrainConfig
+from m4.data.store import TokenStore, open_store
+from m4.model import M4, AttentionConfig, ModelConfig
+from m4kernels import MaskingSpec
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run; the one place that knows about ranks."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """What torchrun announced; more than one process is refused until gradients are exchanged between them."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size != 1:
+            raise ConfigError(f"WORLD_SIZE: training runs in one process, got {size}; start torchrun with one process")
+        return cls()
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
+    return device
+
+
+def model_config(config: TrainConfig) -> ModelConfig:
+    """What `M4` needs to know of a run."""
+    return ModelConfig(
+        modalities=config.modalities,
+        vocab_sizes=config.vocab_sizes,
+        max_seq_lens=config.max_seq_lens,
+        dim=config.model.dim,
+        enc_depth=config.model.enc_depth,
+        dec_depth=config.model.dec_depth,
+        head_dim=config.model.head_dim,
+        mlp_ratio=config.model.mlp_ratio,
+        attention=AttentionConfig(**(config.model.attention or {})),
+        kernels=config.kernels,
+    )
+
+
+def build_model(config: TrainConfig, device: torch.device) -> M4:
+    """The model with weights drawn from ``seed``, the same on every device."""
+    torch.manual_seed(config.seed)
+    return M4(model_config(config)).to(device)
+
+
+def masking_spec(config: TrainConfig) -> MaskingSpec:
+    """The masking rule of a run."""
+    return MaskingSpec(
+        max_seq_lens=tuple(config.max_seq_lens),
+        input_alphas=tuple(config.input_alphas),
+        target_alphas=tuple(config.target_alphas),
+        input_tokens_range=tuple(config.input_tokens_range),
+        target_tokens_range=tuple(config.target_tokens_range),
+    )
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """Mixed precision for ``dtype: bf16``: weights, gradients and optimiser stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
+
+
+def data_root(config: TrainConfig) -> Path:
+    """``data.root``, or the embedded sample set, which a process of its own makes if it is not there yet."""
+    if config.data.root is not None:
+        root = Path(config.data.root)
+        if not root.is_dir():
+            raise ConfigError(
+                f"data.root: {root} is not there; prepare it with python -m m4.data prepare, "
+                "or set data.root=null for the embedded sample set"
+            )
+        return root
+    root = Path(config.data.sample_dir)
+    print(
+        f"data.root is null: training on the EMBEDDED SAMPLE SET in {root} (small, synthetic; set data.root to "
+        "train on your own data)",
+        file=sys.stderr,
+        flush=True,
+    )
+    command = [sys.executable, "-m", "m4.data", "sample", "--out", str(root)]
+    done = subprocess.run(command, stdout=sys.stderr)
+    if done.returncode != 0:
+        raise ConfigError(f"data.sample_dir: {' '.join(command)} ended with status {done.returncode}")
+    return root
+
+
+def open_split(config: TrainConfig, root: Path, split: str) -> TokenStore:
+    """The packed tokens of one split."""
+    cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
+    return open_store(root, split, config.modalities, config.vocab_sizes, config.max_seq_lens, cache_dir=cache)

@@ -1,0 +1,255 @@
+"""Train M4: ``python -m m4.train --config M4-config.yaml [key=value …]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from m4.batches import fixed_batches, mask_rows
+from m4.build import World, autocast, build_model, data_root, masking_spec, open_split, pick_device
+from m4.checkpoint import RunIdentity, check_same_run, clean_temporaries, load_checkpoint, newest_whole, save_checkpoint
+from m4.cli import run_command
+from m4.config import TrainConfig, config_to_yaml, load_config
+from m4.data.store import TokenStore
+from m4.evaluate import evaluate
+from m4.logging import RunLog
+from m4.model import M4
+from m4.optim import build_optimizer, learning_rate, set_learning_rate
+from m4.plan import LoopState, Plan
+from m4.progress import Progress, duration_text
+from m4.run_dir import only_process, write_summary
+from m4.smoke import SmokeReport, check_finite, smoke_test
+from m4.stopping import Interrupted, StopSignals
+from m4.stream import SampleStream
+from m4kernels import MaskedBatch, MaskingSpec
+
+log = logging.getLogger("m4.train")
+
+_DAY = 86400.0
+_RUN_OF_MINUTES = (
+    "model.dim=128 model.enc_depth=2 model.dec_depth=2 batch_size=16 global_batch_size=16 "
+    "total_tokens=1 token_warmup=0.1 eval_freq=0.5 run_name=small"
+)
+
+
+def train(config: TrainConfig, command: str) -> int:
+    """Run, or resume where the run stopped; returns the exit status (130 after Ctrl-C)."""
+    world = World.from_environment()
+    device = pick_device(config.device)
+    plan = Plan.of(config, world.size)
+    root = data_root(config)
+    store = open_split(config, root, config.data.train_split)
+    eval_store = open_split(config, root, config.data.eval_split)
+    spec = masking_spec(config)
+    run_dir = config.run_dir
+
+    with only_process(run_dir), StopSignals() as stop:
+        model = build_model(config, device)
+        optimizer = build_optimizer(model, config)
+        stream = SampleStream(len(store), config.seed)
+        state = LoopState()
+        identity = RunIdentity(store.fingerprint, plan.samples_per_step)
+        clean_temporaries(run_dir)
+        resumed = newest_whole(run_dir)
+        if resumed is not None:
+            path, meta = resumed
+            check_same_run(path, meta, config, identity)
+            saved = load_checkpoint(path, model)
+            optimizer.load_state_dict(saved["optimizer"])
+            state = LoopState(**saved["loop"])
+            _set_random_state(saved["random"])
+            log.info("resuming from %s", path)
+        saved_step = state.step if resumed else -1
+        (run_dir / "config.yaml").write_text(config_to_yaml(config))
+        _announce(config, plan, model, store, eval_store, device)
+        if state.step >= plan.steps:
+            log.info("the run is complete (%d steps); for another one set run_name=NAME", state.step)
+            return 0
+
+        def save() -> None:
+            nonlocal saved_step
+            if saved_step == state.step:
+                return
+            with stop.deferred():
+                contents = {"optimizer": optimizer.state_dict(), "loop": asdict(state), "random": _random_state()}
+                path = save_checkpoint(run_dir, state.step, model, contents, config, identity)
+                saved_step = state.step
+                log.info("saved %s", path)
+
+        def evaluate_now() -> None:
+            batches = fixed_batches(
+                eval_store,
+                spec,
+                seed=config.eval_seed,
+                batch_size=config.batch_size,
+                max_samples=config.eval_samples,
+                device=device,
+            )
+            model.eval()
+            result = evaluate(model, batches, config, device, after_batch=stop.check)
+            model.train()
+            with stop.deferred():
+                run_log.write("eval", state.step, {"tokens": plan.tokens(state.position), **asdict(result)})
+                state.evaluation = asdict(result)
+                state.first_evaluation = state.first_evaluation or state.evaluation
+                state.evaluated_step = state.step
+            log.info("step %d  eval %s", state.step, result)
+
+        run_log = RunLog(run_dir, config, state.step if resumed else -1)
+        progress = Progress(config, plan, state, device)
+        try:
+            positions = np.arange(config.batch_size) + state.position
+            smoke = smoke_test(model, store, stream.rows(positions), positions, spec, config, device)
+            _announce_estimate(smoke, config, plan, device)
+            forward = torch.compile(model, dynamic=True) if config.compile else model
+            progress.start()
+            tick = time.monotonic()
+            while True:
+                last = state.step >= min(plan.steps, config.stop_after_steps or plan.steps)
+                evaluation_due = last or state.step == 0 or plan.due(config.eval_freq, state.step)
+                if evaluation_due and state.evaluated_step != state.step:
+                    evaluate_now()
+                if last or plan.due(config.save_ckpt_freq, state.step):
+                    save()
+                if last:
+                    break
+
+                rate = learning_rate(plan.tokens(state.position + plan.samples_per_step), config)
+                set_learning_rate(optimizer, rate)
+                batches = list(_micro_batches(store, stream, spec, state.position, config, plan, device))
+                counts = torch.stack([batch.decoder.segments.counts.sum(0) for batch in batches]).sum(0).clamp(min=1)
+                losses = torch.zeros(len(config.modalities), device=device)
+                for batch in batches:
+                    stop.check()
+                    with autocast(config, device):
+                        # With the counts of the whole step, accumulated gradients are those of one big batch.
+                        result = forward(batch, target_counts=counts)
+                    result.total.backward()
+                    losses += result.per_modality.detach()
+                    progress.micro_batch(batch)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+                # The one synchronisation of a step: nothing that is not finite may reach the parameters.
+                *values, norm_value = torch.cat([losses, norm[None]]).tolist()
+                if not all(math.isfinite(value) for value in (*values, norm_value)):
+                    _stop_on_non_finite(losses, model, config, state.step + 1)
+                with stop.deferred():  # parameters, loop state and metrics go together
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    state.step += 1
+                    state.position += plan.samples_per_step
+                    state.seconds, tick = state.seconds + time.monotonic() - tick, time.monotonic()
+                    metrics = progress.step(values, norm_value, rate)
+                    if state.step % config.log.every == 0 or state.step == plan.steps:
+                        run_log.write("train", state.step, metrics)
+                stop.check()
+        except Interrupted as interrupted:
+            optimizer.zero_grad(set_to_none=True)
+            log.info("stopping on %s after step %d", interrupted, state.step)
+            save()
+            log.info("to resume, give the same command again:\n  %s", command)
+            return interrupted.exit_status
+        finally:
+            progress.close()
+            run_log.close()
+            write_summary(config, plan, state, device)
+    if state.step < plan.steps:
+        log.info("stopped at stop_after_steps=%d of %d steps; raise or drop it to go on", state.step, plan.steps)
+    return 0
+
+
+def _micro_batches(
+    store: TokenStore,
+    stream: SampleStream,
+    spec: MaskingSpec,
+    position: int,
+    config: TrainConfig,
+    plan: Plan,
+    device: torch.device,
+) -> Iterator[MaskedBatch]:
+    """The micro-batches of the step that starts at a stream position; positions identify the masks too."""
+    for first in range(position, position + plan.samples_per_step, config.batch_size):
+        positions = np.arange(first, first + config.batch_size)
+        yield mask_rows(store, stream.rows(positions), positions, spec, seed=config.seed, device=device)
+
+
+def _announce(
+    config: TrainConfig, plan: Plan, model: M4, store: TokenStore, eval_store: TokenStore, device: torch.device
+) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    kind = f"{config.dtype}, kernels {config.kernels}"
+    log.info("%s: %s parameters on %s, %s", config.run_dir, f"{parameters:,}", device, kind)
+    log.info("data: %s training and %s evaluation samples", f"{len(store):,}", f"{len(eval_store):,}")
+    log.info(
+        "batch: %d samples x %d accumulated = %d samples a step (global_batch_size %d)",
+        config.batch_size,
+        plan.accumulation,
+        plan.samples_per_step,
+        config.global_batch_size,
+    )
+    log.info(
+        "recipe: %g M counted tokens at %d a sample: %s samples in %s steps",
+        config.total_tokens,
+        plan.tokens_per_sample,
+        f"{config.total_samples:,}",
+        f"{plan.steps:,}",
+    )
+
+
+def _announce_estimate(smoke: SmokeReport, config: TrainConfig, plan: Plan, device: torch.device) -> None:
+    seconds = smoke.recipe_seconds(plan.samples, config.batch_size)
+    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    log.info("smoke test passed; forward and backward take about %.3g s a sample here (%s)", smoke.per_sample, where)
+    log.info("so the whole recipe (%s samples) takes about %s", f"{plan.samples:,}", duration_text(seconds))
+    if seconds > _DAY and device.type == "cpu":
+        log.warning("that is no run for a CPU. For a run of minutes: python -m m4.train --config M4-tiny.yaml")
+        log.warning("or with this configuration add: %s", _RUN_OF_MINUTES)
+
+
+def _stop_on_non_finite(losses: torch.Tensor, model: M4, config: TrainConfig, step: int) -> NoReturn:
+    newest = newest_whole(config.run_dir)
+    kept = f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
+    advice = f"stopped before the update and saved nothing of it; {kept}; try a lower lr, a longer token_warmup or fp32"
+    try:
+        check_finite(losses, model, config.modalities, f"step {step}")
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from None
+    raise ValueError(f"step {step}: the gradient norm overflows although every gradient is finite; {advice}")
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m m4.train", description="Train M4, or resume where it stopped.")
+    parser.add_argument("--config", required=True, type=Path, help="YAML file: flat, or nested as nano4M's")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example lr=0.001 model.dim=128")
+    arguments = parser.parse_intermixed_args()
+    config, notes = load_config(arguments.config, arguments.overrides)
+    for note in notes:
+        log.info("%s", note)
+    return train(config, shlex.join(["python", "-m", "m4.train", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    run_command(main)
