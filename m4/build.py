@@ -71,8 +71,8 @@ def masking_spec(config: TrainConfig) -> MaskingSpec:
         max_seq_lens=tuple(config.max_seq_lens),
         input_alphas=tuple(config.input_alphas),
         target_alphas=tuple(config.target_alphas),
-        input_tokens_range=tuple(config.input_tokens_range),
-        target_tokens_range=tuple(config.target_tokens_range),
+        input_tokens_range=(config.input_tokens_range[0], config.input_tokens_range[1]),
+        target_tokens_range=(config.target_tokens_range[0], config.target_tokens_range[1]),
     )
 
 
