@@ -96,6 +96,12 @@ struct BackwardTask {
                 pack_panels(args.v, first_key, kv_head, dim, spans[s], v_panels, scratch);
             }
         }
+        prefetch_rows<true>(args.grad_k, first_key, keys, kv_head, dim);
+        prefetch_rows<true>(args.grad_v, first_key, keys, kv_head, dim);
+        if (kv_head + 1 < shape.kv_heads) {
+            prefetch_rows<false>(args.k, first_key, keys, kv_head + 1, dim);
+            prefetch_rows<false>(args.v, first_key, keys, kv_head + 1, dim);
+        }
         const Rows key_rows = whole_rows(args.k, first_key, keys, kv_head, dim, k_buffer);
         const GradRows grad_k = grad_rows(args.grad_k, first_key, kv_head, k_grad);
         const GradRows grad_v = grad_rows(args.grad_v, first_key, kv_head, v_grad);
@@ -121,6 +127,15 @@ struct BackwardTask {
         }
     }
 
+    // What these rows will write, and their share of what the next head will read.
+    void prefetch(int64_t token, int rows, int head) const {
+        const AttentionShape& shape = args.shape;
+        prefetch_rows<true>(args.grad_q, token, rows, head, dim);
+        if (head + 1 == shape.q_heads) return;
+        prefetch_rows<false>(args.q, token, rows, head + 1, dim);
+        prefetch_rows<false>(args.grad_out, token, rows, head + 1, dim);
+    }
+
     // At most kBackwardRows query rows of one head: writes their dQ, adds to dK and dV.
     void part(int64_t token, int count, int head, int span_count, const Rows& key_rows, const GradRows& grad_k,
               const GradRows& grad_v) const {
@@ -134,6 +149,7 @@ struct BackwardTask {
         const Blocks blocks(count);
         for (int i = 0, row = 0; i < blocks.count; row += blocks.rows(i), ++i) {
             const int rows = blocks.rows(i);
+            prefetch(token + row, rows, head);
             float* p = scores + row * scores_row;
             float* ds = grads + row * scores_row;
             for (int s = 0; s < span_count; ++s) {

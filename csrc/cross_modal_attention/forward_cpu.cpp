@@ -75,17 +75,27 @@ struct ForwardTask {
         for (int s = 0; s < span_count; ++s) {
             pack_panels(args.k, k_bounds[0], kv_head, dim, spans[s], k_panels, scratch);
         }
-        const Rows values =
-            whole_rows(args.v, k_bounds[0], k_bounds[plan.k_groups] - k_bounds[0], kv_head, dim, v_buffer);
         const int group_heads = shape.q_heads / shape.kv_heads;
+        const int64_t keys = k_bounds[plan.k_groups] - k_bounds[0];
+        const int64_t queries = q_bounds[plan.q_groups] - q_bounds[0];
+        const Rows values = whole_rows(args.v, k_bounds[0], keys, kv_head, dim, v_buffer);
         for (int g = 0; g < plan.q_groups; ++g) {
             const int attended = list_spans(plan, sample, g, spans);
             for (int head = kv_head * group_heads; head < (kv_head + 1) * group_heads; ++head) {
                 const Blocks blocks(q_bounds[g + 1] - q_bounds[g]);
                 int64_t token = q_bounds[g];
                 for (int i = 0; i < blocks.count; ++i) {
-                    rows(token, blocks.rows(i), head, attended, values);
-                    token += blocks.rows(i);
+                    const int count = blocks.rows(i);
+                    prefetch_rows<true>(args.out, token, count, head, dim);
+                    if (head + 1 < shape.q_heads) prefetch_rows<false>(args.q, token, count, head + 1, dim);
+                    if (head == kv_head * group_heads && kv_head + 1 < shape.kv_heads) {
+                        const int64_t done = token - q_bounds[0];
+                        const int64_t begin = keys * done / queries, end = keys * (done + count) / queries;
+                        prefetch_rows<false>(args.k, k_bounds[0] + begin, end - begin, kv_head + 1, dim);
+                        prefetch_rows<false>(args.v, k_bounds[0] + begin, end - begin, kv_head + 1, dim);
+                    }
+                    rows(token, count, head, attended, values);
+                    token += count;
                 }
             }
         }

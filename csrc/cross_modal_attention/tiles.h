@@ -78,6 +78,18 @@ M4K_INLINE Rows whole_rows(const Heads<const T>& x, int64_t first, int64_t count
     return {buffer, padded};
 }
 
+// Asks for rows of a head before they are needed. A head's rows lie far apart (in a fused projection each in a page of
+// its own), so no hardware prefetcher finds them; without this a batch larger than the cache takes half as long again.
+template <bool Write, typename T>
+M4K_INLINE void prefetch_rows(const Heads<T>& x, int64_t first, int64_t count, int64_t head, int dim) {
+    for (int64_t i = 0; i < count; ++i) {
+        const char* row = reinterpret_cast<const char*>(at(x, first + i, head));
+        for (int64_t byte = 0; byte < int64_t{dim} * static_cast<int64_t>(sizeof(T)); byte += 64) {
+            __builtin_prefetch(row + byte, Write, 2);
+        }
+    }
+}
+
 // Four floats of each of kLanes rows, transposed: to[d * to_step + j] = from[j * step + d].
 M4K_INLINE void transpose_four(const float* from, int64_t step, float* to, int64_t to_step) {
 #if defined(M4K_SIMD_AVX512)
