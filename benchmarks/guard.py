@@ -35,7 +35,7 @@ def speedup(kernel: Run, baseline: Run, *, seconds: float) -> float:
 
 
 def check(
-    name: str, kernel: Run, baseline: Run, *, path: Path = FLOORS, update: bool = False, seconds: float = 2.0
+    name: str, kernel: Run, baseline: Run, *, path: Path = FLOORS, update: bool = False, seconds: float = 1.0
 ) -> float:
     """Measure the speed-up and hold it against its floor; measured once more, for longer, before it counts as fallen.
 

@@ -15,7 +15,7 @@ from benchmarks.measure import Run, Work, timed
 from benchmarks.results import Record, Session
 from m4kernels.testing import peak_extra_memory
 
-SECONDS = 1.0  # of measuring a provider
+SECONDS = 0.5  # of measuring a provider
 
 
 @dataclass(frozen=True)

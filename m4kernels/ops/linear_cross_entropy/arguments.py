@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from m4kernels._dtypes import compute_dtype
+
 OP = "linear_cross_entropy"
 
 
@@ -38,7 +40,7 @@ class LossArguments:
     @cached_property
     def result_dtype(self) -> torch.dtype:
         """What sums, loss and gradients are held in: float64 for float64 operands, else float32."""
-        return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
+        return compute_dtype(self.operand_dtype)
 
     def check_structure(self) -> None:
         """Raise ValueError where shapes, dtypes or devices do not fit; reads no values."""
