@@ -1,5 +1,7 @@
 """Options, parametrisation and the final table of `pytest benchmarks/`."""
 
+from typing import Any
+
 import pytest
 
 from benchmarks.results import Session
@@ -24,14 +26,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if suite is None or "suite" not in metafunc.fixturenames:
         return
     second = "provider" if "provider" in metafunc.fixturenames else "pair"
-    values = []
+    values: list[Any] = []
+    choices: list[tuple[Any, str]]
     for name, case in suite.cases.items():
-        marks = [pytest.mark.full] if case.full else []
         if second == "provider":
             choices = [(p, p) for p in suite.providers if p not in case.without]
         else:
             choices = [(pair, " over ".join(pair)) for pair in suite.guards if not set(pair) & set(case.without)]
-        values += [pytest.param(suite, name, value, id=f"{name}-{label}", marks=marks) for value, label in choices]
+        for value, label in choices:
+            marks = [pytest.mark.full] if case.full or value in suite.long else []
+            values.append(pytest.param(suite, name, value, id=f"{name}-{label}", marks=marks))
     metafunc.parametrize(("suite", "case", second), values)
 
 

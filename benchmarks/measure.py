@@ -42,7 +42,18 @@ def timed(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def alternate(runs: Mapping[str, Run], *, seconds: float = 2.0, rounds: tuple[int, int] = (3, 200)) -> dict[str, float]:
+def warm_up(run: Run) -> tuple[float, int]:
+    """(seconds of a run that is warm, how often to repeat it within a round so that the clock's noise does not show).
+
+    The first run counts where it is so long that warming up cannot be much of it.
+    """
+    seconds = timed(run)
+    if seconds < 0.5:
+        seconds = timed(run)
+    return seconds, max(1, int(2e-4 / max(seconds, 1e-7)))
+
+
+def alternate(runs: Mapping[str, Run], *, seconds: float = 2.0, rounds: tuple[int, int] = (2, 200)) -> dict[str, float]:
     """Median seconds of each, measured in turns, so that whatever slows the machine slows all of them.
 
     Args:
@@ -50,10 +61,7 @@ def alternate(runs: Mapping[str, Run], *, seconds: float = 2.0, rounds: tuple[in
         seconds: measure for about this long,
         rounds: but at least and at most this often.
     """
-    for run in runs.values():
-        run()
-    # A run shorter than the clock's noise is repeated within a round.
-    repeat = {name: max(1, int(2e-4 / max(timed(run), 1e-7))) for name, run in runs.items()}
+    repeat = {name: warm_up(run)[1] for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for done in range(rounds[1]):

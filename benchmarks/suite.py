@@ -5,13 +5,13 @@ A bench file sets `SUITE` and imports `test_time` and `test_guard`; conftest.py 
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from benchmarks import guard
-from benchmarks.measure import Run, Work, timed
+from benchmarks.measure import Run, Work, warm_up
 from benchmarks.results import Record, Session
 from m4kernels.testing import peak_extra_memory
 
@@ -44,13 +44,15 @@ class Suite:
         cases: by name.
         providers: by name: takes the inputs, returns a run. All do the same work and are tested elsewhere. A run leaves
             nothing behind (no gradients), so that the next one's memory is its own.
+        long: providers only with `-m full`.
         guards: (kernel, baseline): pairs of providers whose speed-up has a floor.
     """
 
     op: str
     cases: Mapping[str, Case]
     providers: Mapping[str, Callable[[Any], Run]]
-    guards: tuple[tuple[str, str], ...] = field(default=())
+    guards: tuple[tuple[str, str], ...] = ()
+    long: tuple[str, ...] = ()
 
     def run(self, case: str, provider: str) -> Run:
         return self.providers[provider](_inputs(self.cases[case]))
@@ -65,10 +67,8 @@ def _inputs(case: Case) -> Any:
 def test_time(suite: Suite, case: str, provider: str, benchmark: Any, session: Session) -> None:
     """Time, rate, share of the floor and peak extra memory of one provider."""
     run = suite.run(case, provider)
-    run()
-    once = timed(run)
-    repeat = max(1, int(2e-4 / max(once, 1e-7)))
-    rounds = min(200, max(3, int(SECONDS / (once * repeat))))
+    once, repeat = warm_up(run)
+    rounds = min(200, max(2, int(SECONDS / (once * repeat))))
     benchmark.group = f"{suite.op}, {case}"
     benchmark.pedantic(run, rounds=rounds, iterations=repeat, warmup_rounds=0)
     if benchmark.stats is None:  # --benchmark-disable
