@@ -8,11 +8,13 @@
 namespace m4k::masking::M4K_SIMD_NS {
 namespace {
 
-// Below this many samples a second thread costs more than it saves (about 5 us to wake it).
-constexpr int64_t kMinSamplesToCount = 64, kMinSamplesToFill = 16;
+// Samples for each thread, about half a millisecond of work. Waking another takes only 5 us on an idle machine, but
+// where the cores are busy, as in a loader beside a training step, waiting for it costs a time slice: a batch of 96
+// took 24 ms with two threads there (two Xeon cores, load 10) and 0.25 ms with one.
+constexpr int64_t kSamplesPerThread = 256;
 
-int thread_count(int64_t samples, int64_t least, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(samples / least, 1, threads));
+int thread_count(int64_t samples, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(samples / kSamplesPerThread, 1, threads));
 }
 
 Stream stream_of(const Draw& draw, int64_t sample) {
@@ -27,19 +29,24 @@ class BlockList {
     void clear() { size_ = 0; }
     void add(uint32_t c0) { counters_[size_++] = c0; }
     void draw(const Stream& stream) {
-        for (int i = 0; i < size_; i += Lanes::kWidth) {
-            uint32_t c0[Lanes::kWidth] = {};
-            for (int n = 0; n < std::min(Lanes::kWidth, size_ - i); ++n) c0[lane_of(n)] = counters_[i + n];
-            stream.blocks(Lanes::load(c0), words_ + 4 * i);
+        for (int i = 0; i < size_; i += kBatch) {
+            uint32_t c0[kBatch] = {};
+            for (int n = 0; n < std::min(kBatch, size_ - i); ++n) {
+                c0[n / Lanes::kWidth * Lanes::kWidth + lane_of(n % Lanes::kWidth)] = counters_[i + n];
+            }
+            Lanes counters[kBatch / Lanes::kWidth];
+            for (int r = 0; r < kBatch / Lanes::kWidth; ++r) counters[r] = Lanes::load(c0 + r * Lanes::kWidth);
+            stream.blocks(counters, words_ + 4 * i);
         }
     }
     const uint32_t* block(int i) const { return words_ + 4 * i; }
 
   private:
     static constexpr int kMost = 1 + 2 * kMaxModalities;
+    static constexpr int kBatch = 16;  // blocks drawn at once
     int size_ = 0;
     uint32_t counters_[kMost];
-    uint32_t words_[4 * (kMost + Lanes::kWidth)];
+    uint32_t words_[4 * (kMost + kBatch)];
 };
 
 // Shares n tokens out by rounding down; returns how many are left over. `block(i)` is the random block of the i-th
@@ -134,15 +141,27 @@ int64_t scan(const Packed& side, int64_t batch, int64_t modalities) {
     return total;
 }
 
+// Keys from `first` of a modality whose counters begin at c0: as many as N registers make.
+template <int N>
+void make_keys(const Stream& stream, const uint32_t* c0, uint32_t first, uint32_t* keys) {
+    Lanes counters[N];
+    for (int r = 0; r < N; ++r) {
+        counters[r] = Lanes::load(c0) + Lanes::fill((first >> 2) + static_cast<uint32_t>(r * Lanes::kWidth));
+    }
+    stream.blocks(counters, keys + first);
+}
+
 // keys (groups(n) * kGroup,) of modality m, padded with kPad.
 void position_keys(const Stream& stream, int m, int32_t n, uint32_t* keys) {
+    constexpr int kRegisters = kGroup / (4 * Lanes::kWidth);  // in a group
     uint32_t c0[Lanes::kWidth];
+    for (int k = 0; k < Lanes::kWidth; ++k) c0[lane_of(k)] = counter0(kPositions, m, k);
     const int32_t end = groups(n) * kGroup;
-    for (int32_t i = 0; i < end; i += 4 * Lanes::kWidth) {
-        const uint32_t base = counter0(kPositions, m, static_cast<uint32_t>(i) >> 2);
-        for (int k = 0; k < Lanes::kWidth; ++k) c0[lane_of(k)] = base + k;
-        stream.blocks(Lanes::load(c0), keys + i);
+    int32_t first = 0;
+    if constexpr (kRegisters == 1) {  // AVX-512 has the registers for more
+        for (; first + 4 * kGroup <= end; first += 4 * kGroup) make_keys<4>(stream, c0, first, keys);
     }
+    for (; first < end; first += kGroup) make_keys<kRegisters>(stream, c0, first, keys);
     std::fill(keys + n, keys + end, kPad);
 }
 
@@ -189,7 +208,7 @@ void fill_sample(const Args& a, int64_t b, uint32_t* keys) {
 
 template <typename Token>
 void fill_all(const Args& a) {
-    const int threads = thread_count(a.batch, kMinSamplesToFill, a.threads);
+    const int threads = thread_count(a.batch, a.threads);
     const int32_t longest = *std::max_element(a.plan->lens.begin(), a.plan->lens.end());
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -210,7 +229,7 @@ void fill_all(const Args& a) {
 Totals count_tokens(const Args& a) {
     const Plan& plan = *a.plan;
     const int64_t modalities = static_cast<int64_t>(plan.lens.size());
-    const int threads = thread_count(a.batch, kMinSamplesToCount, a.threads);
+    const int threads = thread_count(a.batch, a.threads);
     int64_t bad = INT64_MAX;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(min : bad) if (threads > 1)
     for (int64_t b = 0; b < a.batch; ++b) {

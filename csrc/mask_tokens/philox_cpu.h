@@ -16,6 +16,7 @@ struct Lanes {
     static Lanes load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
     static Lanes fill(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
     Lanes operator^(Lanes o) const { return {_mm512_xor_si512(v, o.v)}; }
+    Lanes operator+(Lanes o) const { return {_mm512_add_epi32(v, o.v)}; }
     // (high, low) words of the products with m.
     void multiply(Lanes m, Lanes& high, Lanes& low) const {
         const __m512i even = _mm512_mul_epu32(v, m.v);
@@ -41,6 +42,7 @@ struct Lanes {
     static Lanes load(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
     static Lanes fill(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
     Lanes operator^(Lanes o) const { return {_mm256_xor_si256(v, o.v)}; }
+    Lanes operator+(Lanes o) const { return {_mm256_add_epi32(v, o.v)}; }
     void multiply(Lanes m, Lanes& high, Lanes& low) const {
         const __m256i even = _mm256_mul_epu32(v, m.v);
         const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), m.v);
@@ -65,6 +67,10 @@ struct Lanes {
     static Lanes fill(uint32_t x) { return {{x, x, x, x}}; }
     Lanes operator^(Lanes o) const {
         for (int i = 0; i < kWidth; ++i) o.v[i] ^= v[i];
+        return o;
+    }
+    Lanes operator+(Lanes o) const {
+        for (int i = 0; i < kWidth; ++i) o.v[i] += v[i];
         return o;
     }
     void multiply(Lanes m, Lanes& high, Lanes& low) const {
@@ -93,23 +99,35 @@ struct Stream {
     uint64_t seed;
     uint32_t c1, c2, c3;
 
-    // Lane i makes the block of the counter (c0[i], c1, c2, c3); out receives kWidth blocks in store_blocks' order.
-    void blocks(Lanes c0, uint32_t* out) const {
-        Lanes x0 = c0, x1 = Lanes::fill(c1), x2 = Lanes::fill(c2), x3 = Lanes::fill(c3);
+    // N registers of counters at once, since the rounds of one register wait for its multiplications: lane i of c0[r]
+    // makes the block of the counter (c0[r][i], c1, c2, c3). `out` receives kWidth blocks in store_blocks' order for
+    // each register.
+    template <int N>
+    void blocks(const Lanes (&c0)[N], uint32_t* out) const {
+        Lanes x0[N], x1[N], x2[N], x3[N];
+        for (int r = 0; r < N; ++r) {
+            x0[r] = c0[r];
+            x1[r] = Lanes::fill(c1);
+            x2[r] = Lanes::fill(c2);
+            x3[r] = Lanes::fill(c3);
+        }
         const Lanes m0 = Lanes::fill(kPhiloxM0), m1 = Lanes::fill(kPhiloxM1);
         uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
         for (int round = 0; round < kPhiloxRounds; ++round) {
-            Lanes high0, low0, high1, low1;
-            x0.multiply(m0, high0, low0);
-            x2.multiply(m1, high1, low1);
-            x0 = high1 ^ x1 ^ Lanes::fill(k0);
-            x1 = low1;
-            x2 = high0 ^ x3 ^ Lanes::fill(k1);
-            x3 = low0;
+            const Lanes key0 = Lanes::fill(k0), key1 = Lanes::fill(k1);
+            for (int r = 0; r < N; ++r) {
+                Lanes high0, low0, high1, low1;
+                x0[r].multiply(m0, high0, low0);
+                x2[r].multiply(m1, high1, low1);
+                x0[r] = high1 ^ (x1[r] ^ key0);
+                x1[r] = low1;
+                x2[r] = high0 ^ (x3[r] ^ key1);
+                x3[r] = low0;
+            }
             k0 += kPhiloxW0;
             k1 += kPhiloxW1;
         }
-        Lanes::store_blocks(x0, x1, x2, x3, out);
+        for (int r = 0; r < N; ++r) Lanes::store_blocks(x0[r], x1[r], x2[r], x3[r], out + r * 4 * Lanes::kWidth);
     }
 };
 

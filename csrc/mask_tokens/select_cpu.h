@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "common/intrinsics.h"
 #include "common/simd.h"
@@ -81,7 +82,14 @@ inline uint64_t below_mask(const uint32_t* keys, uint32_t bound) {
         mask |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(less)))) << (8 * i);
     }
 #else
-    for (int i = 0; i < kGroup; ++i) mask |= static_cast<uint64_t>(keys[i] < bound) << i;
+    uint8_t below[kGroup];
+    for (int i = 0; i < kGroup; ++i) below[i] = keys[i] < bound;
+    for (int i = 0; i < kGroup / 8; ++i) {
+        uint64_t bytes;
+        std::memcpy(&bytes, below + 8 * i, 8);
+        // Every byte is 0 or 1: the product's top byte gathers them, the first in the lowest bit (little endian).
+        mask |= (bytes * 0x0102040810204080u >> 56) << (8 * i);
+    }
 #endif
     return mask;
 }
