@@ -8,13 +8,10 @@ into place. Nothing depends on the number of workers, on shards or on the time: 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from m4.data.assemble import VIDEOS, assemble, locked, pack_video, video_path
 from m4.data.errors import DataError, data_error
@@ -22,8 +19,8 @@ from m4.data.files import writable_folder, write_atomically
 from m4.data.layout import SPLITS
 from m4.data.options import PrepareOptions
 from m4.data.penn_action import list_videos, open_video
-from m4.data.progress import progress_bar
 from m4.data.tokenise import shared_captioner, shared_tokenizer, tokenise_video
+from m4.data.workers import for_each
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def prepare(
     done = writable_folder(writable_folder(out) / VIDEOS)
     _claim(out, options)
     mine = [name for name in names[index::count] if not video_path(done, name).exists()]
-    _process(source, done, options, mine, workers, progress)
+    for_each("prepare", partial(_do_video, source, done, options), mine, workers, progress)
     with locked(done):
         bad = {name: _bad_path(done, name).read_text() for name in names if _bad_path(done, name).exists()}
         usable = [name for name in names if video_path(done, name).exists()]
@@ -113,24 +110,6 @@ def _claim(out: Path, options: PrepareOptions) -> None:
             actual=f"data made with {', '.join(changed)}",
             remedy="Choose another --out, or delete this folder.",
         )
-
-
-def _process(source: Path, done: Path, options: PrepareOptions, names: list[str], workers: int, progress: bool) -> None:
-    """Tokenise ``names``, each into its file."""
-    with progress_bar("prepare", len(names), show=progress) as bar:
-        if workers == 1 or len(names) < 2:
-            for name in names:
-                _do_video(source, done, options, name)
-                bar.update()
-            return
-        # A fresh interpreter each: forking a process whose OpenMP threads have run can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            min(workers, len(names)), context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            for job in as_completed([pool.submit(_do_video, source, done, options, name) for name in names]):
-                job.result()
-                bar.update()
 
 
 def _do_video(source: Path, done: Path, options: PrepareOptions, name: str) -> None:

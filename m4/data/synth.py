@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from m4.data.clips import SynthOptions, animated_clip, reenacted_clip
 from m4.data.errors import data_error
 from m4.data.files import writable_folder, write_atomically
 from m4.data.penn_action import write_label
-from m4.data.progress import progress_bar
+from m4.data.workers import for_each
 
 _JPEG_QUALITY = 90
 
@@ -45,16 +44,7 @@ def synthesize(
     for part in ("frames", "labels"):
         writable_folder(out / part)
     jobs = [job for job in zip(range(len(names)), names, sources, strict=True) if not _label_path(out, job[1]).exists()]
-    draw = partial(_write_video, out, options)
-    with progress_bar("synth", len(jobs), show=progress) as bar:
-        if workers > 1:
-            with ProcessPoolExecutor(workers) as pool:
-                for _ in pool.map(draw, jobs):
-                    bar.update()
-        else:
-            for job in jobs:
-                draw(job)
-                bar.update()
+    for_each("synth", partial(_write_video, out, options), jobs, workers, progress)
     return names
 
 

@@ -1,0 +1,47 @@
+"""One job a video, over several processes, with a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+Job = TypeVar("Job")
+
+
+def for_each(what: str, work: Callable[[Job], None], jobs: Sequence[Job], workers: int, progress: bool = True) -> None:
+    """Call ``work`` (picklable) on every job, in ``workers`` processes; an interruption drops the jobs not begun.
+
+    ``what`` names the bar on stderr. The first exception of a job is raised once the jobs that run have ended.
+    """
+    # In a log file the bar is renewed only now and then.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    bar = tqdm(total=len(jobs), desc=what, unit="video", disable=not (progress and jobs), mininterval=interval)
+    with bar:
+        if workers == 1 or len(jobs) < 2:
+            for job in jobs:
+                work(job)
+                bar.update()
+            return
+        # A fresh interpreter each: forking a process whose OpenMP threads have run can hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker) as pool:
+            try:
+                for done in as_completed([pool.submit(work, job) for job in jobs]):
+                    done.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole group; the parent alone decides what is dropped.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
