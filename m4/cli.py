@@ -40,7 +40,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     except (ValueError, OSError) as error:
         if os.environ.get("M4_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -17,6 +17,7 @@ from m4.build import autocast, build_model, data_root, masking_spec, open_split,
 from m4.checkpoint import load_run, load_weights
 from m4.cli import run_command
 from m4.config import ConfigError, TrainConfig
+from m4.data.files import write_atomically
 from m4.model import M4
 from m4.unigram import Unigram, count_tokens, unigram_baseline
 from m4kernels import MaskedBatch
@@ -116,7 +117,7 @@ def evaluate_run(run_dir: Path, split: str | None, device_name: str | None) -> d
             name: loss is not None and loss < baselines[name].cross_entropy for name, loss in losses.items()
         },
     }
-    (run_dir / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_atomically(run_dir / "evaluation.json", (json.dumps(report, indent=1) + "\n").encode())
     return report
 
 

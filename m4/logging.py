@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from m4.config import ConfigError, TrainConfig, config_to_dict
+from m4.data.files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -68,9 +68,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines after ``step``, at once or not at all."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def peak_memory(device: torch.device) -> int:

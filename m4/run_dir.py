@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from m4.config import ConfigError, TrainConfig, format_duration
+from m4.data.files import writable_folder, write_atomically
 from m4.logging import peak_memory
 from m4.plan import LoopState, Plan
 from m4.progress import duration_text
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 @contextmanager
 def only_process(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; two trainers in one would overwrite each other's checkpoints."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    writable_folder(run_dir)
     with open(run_dir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +57,7 @@ def write_summary(config: TrainConfig, plan: Plan, state: LoopState, device: tor
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomically(config.run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     if projected and reference:
         log.info(
             "trained for %s; at this speed the whole recipe of this configuration takes %s, the reference took %s",

@@ -21,6 +21,7 @@ from m4.build import World, autocast, build_model, data_root, masking_spec, open
 from m4.checkpoint import RunIdentity, check_same_run, clean_temporaries, load_checkpoint, newest_whole, save_checkpoint
 from m4.cli import run_command
 from m4.config import TrainConfig, config_to_yaml, load_config
+from m4.data.files import write_atomically
 from m4.data.store import TokenStore
 from m4.evaluate import evaluate
 from m4.logging import RunLog
@@ -71,7 +72,7 @@ def train(config: TrainConfig, command: str) -> int:
             _set_random_state(saved["random"])
             log.info("resuming from %s", path)
         saved_step = state.step if resumed else -1
-        (run_dir / "config.yaml").write_text(config_to_yaml(config))
+        write_atomically(run_dir / "config.yaml", config_to_yaml(config).encode())
         _announce(config, plan, model, store, eval_store, device)
         if state.step >= plan.steps:
             log.info("the run is complete (%d steps); for another one set run_name=NAME", state.step)

@@ -115,6 +115,8 @@ def test_stop_signal_saves_the_last_finished_step(straight, tiny_config, signum,
     step, _ = _weights(run_dir)
     assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] <= step
     assert not json.loads((run_dir / "summary.json").read_text())["finished"]
+    if signum == signal.SIGTERM:
+        return  # what it resumes to is the same as after SIGINT
     done = _train(tiny_config, "save_ckpt_freq=100")
     assert done.returncode == 0, done.stderr
     assert _same(_weights(run_dir)[1], _weights(straight[0])[1])
@@ -182,6 +184,12 @@ def test_what_cannot_run_says_why(straight, tiny_config, config, override, said)
         train(load_config(path, [override])[0], "command")
     for part in said:
         assert part in str(caught.value)
+
+
+def test_run_directory_that_cannot_be_written(tiny_config):
+    (tiny_config.parent / "runs").write_text("a file where the folder should be")
+    with pytest.raises(ValueError, match=r"runs.*folder that can be written"):
+        train(load_config(tiny_config)[0], "command")
 
 
 def test_two_trainers_in_one_run_directory(tiny_config):
