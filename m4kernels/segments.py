@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from m4kernels import _ext
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -81,6 +83,8 @@ class Segments:
         """Raise ValueError unless the segments are consistent and lie within `total` tokens. Reads the values: use it
         on CPU tensors, where that is free of synchronisation."""
         self.check_structure(name)
+        if self._found_consistent(total):
+            return
         cu, counts = self.cu_seqlens, self.counts
         if int(cu[0]) != 0:
             raise ValueError(f"{name}.cu_seqlens must start at 0, got {int(cu[0])}")
@@ -100,6 +104,18 @@ class Segments:
             )
         if lengths.numel() and int(lengths.max()) > self.max_seqlen:
             raise ValueError(f"{name}.max_seqlen is {self.max_seqlen}, but a sample has {int(lengths.max())} tokens")
+
+    def _found_consistent(self, total: int) -> bool:
+        """Whether the compiled check, in a microsecond instead of fifty, finds no fault: every layer of a model asks
+        about the same segments. It does not say what a fault is, and may be absent."""
+        cu, counts = self.cu_seqlens, self.counts
+        extension = _ext.load()
+        if extension is None or cu.device.type != "cpu" or not (cu.is_contiguous() and counts.is_contiguous()):
+            return False
+        samples, modalities = counts.shape
+        return extension.segments_consistent(
+            cu.data_ptr(), counts.data_ptr(), samples, modalities, total, self.max_seqlen
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from m4kernels import MaskedBatch, Segments
-from m4kernels.cases import random_masked_batch, random_packed
+from m4kernels import MaskedBatch, Segments, _ext
+from m4kernels.cases import random_masked_batch, random_packed, random_segments
 
 
 @pytest.mark.parametrize("tail", [0, 9])
@@ -57,3 +57,28 @@ def test_check_values_names_the_fault() -> None:
     for message, (segments, total) in faults.items():
         with pytest.raises(ValueError, match=message):
             segments.check_values("q_segments", total)
+
+
+def test_compiled_check_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged segments are found by the compiled check whenever, and only when, PyTorch finds them."""
+    g = torch.Generator().manual_seed(0)
+    extension, verdicts = _ext.require(), set()
+    monkeypatch.setattr(_ext, "load", lambda: None)
+    for _ in range(400):
+        segments = random_segments(3, (4, 2), g)
+        cu, counts = segments.cu_seqlens.clone(), segments.counts.clone()
+        for x in (cu, counts.view(-1)):
+            if torch.rand((), generator=g) < 0.3:
+                x[torch.randint(len(x), (), generator=g)] += torch.randint(-2, 3, (), generator=g, dtype=torch.int32)
+        total = int(cu.max()) + int(torch.randint(-1, 2, (), generator=g))
+        longest = segments.max_seqlen + int(torch.randint(-1, 2, (), generator=g))
+        try:
+            Segments(cu, counts, longest).check_values("segments", total)
+            sound = True
+        except ValueError:
+            sound = False
+        if longest >= 0:  # else its structure is refused
+            found = extension.segments_consistent(cu.data_ptr(), counts.data_ptr(), 3, 2, total, longest)
+            assert found == sound
+            verdicts.add(found)
+    assert verdicts == {True, False}
