@@ -39,8 +39,8 @@ log = logging.getLogger("m4.train")
 
 _DAY = 86400.0
 _RUN_OF_MINUTES = (
-    "model.dim=128 model.enc_depth=2 model.dec_depth=2 batch_size=16 global_batch_size=16 "
-    "total_tokens=1 token_warmup=0.1 eval_freq=0.5 run_name=small"
+    "model.dim=96 model.head_dim=32 model.enc_depth=2 model.dec_depth=2 batch_size=8 global_batch_size=8 lr=0.006 "
+    "total_tokens=1 token_warmup=0.04 eval_freq=0.25 eval_samples=48 run_name=small"
 )
 
 

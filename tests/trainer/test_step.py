@@ -1,10 +1,12 @@
 """One step of training in this process: accumulation, non-finite losses, the smoke test, evaluation."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from m4.batches import fixed_batches, mask_rows
@@ -12,6 +14,7 @@ from m4.build import build_model, data_root, masking_spec, open_split
 from m4.checkpoint import newest_whole
 from m4.config import load_config
 from m4.evaluate import evaluate
+from m4.logging import read_metrics
 from m4.plan import Plan
 from m4.smoke import check_ids, check_targets, smoke_test
 from m4.stream import SampleStream
@@ -93,6 +96,23 @@ def test_non_finite_loss_stops_before_anything_is_spoilt(config):
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in lines)
     assert path.name == f"step-{meta['step']:08d}"
+
+
+@pytest.mark.parametrize("setting", [{"dtype": "bf16"}, {"kernels": "reference"}, {"clip_grad": None}])
+def test_other_ways_to_train_learn_the_same(config, setting):
+    """Three steps in bfloat16, on the padded reference or without clipping stay close to the usual ones."""
+    config.stop_after_steps, config.run_name = 3, "usual"
+    assert train(config, "command") == 0
+    other = dataclasses.replace(config, run_name="other", **setting)
+    assert train(other, "command") == 0
+    losses = [
+        [line["loss"] for line in read_metrics(c.run_dir / "metrics.jsonl") if line["kind"] == "train"]
+        for c in (config, other)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert len(losses[0]) == 3
+    path, _ = newest_whole(other.run_dir)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(path / "model.safetensors").values())
 
 
 def test_smoke_test_leaves_no_trace(config, store, model):
