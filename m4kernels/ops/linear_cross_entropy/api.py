@@ -116,10 +116,13 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
-    """saved * factor, in place where the backward pass runs once: a gradient of the weight is large, and fresh memory
-    costs more than the product. Tracers, which see other types, get the plain product."""
-    once = type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
-    return saved.mul_(factor) if once else saved * factor
+    """saved * factor; `saved` itself where the backward pass runs once, since a gradient of the weight is large and
+    fresh memory costs more than the product. Tracers, which see other types, get the plain product."""
+    if type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+        return saved * factor
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return saved
+    return saved.mul_(factor)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

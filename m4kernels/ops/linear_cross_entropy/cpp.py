@@ -11,8 +11,10 @@ from torch import Tensor
 from m4kernels import _ext
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 
-# Rows of a chunk: enough for the matrix products to run at full speed (see benchmarks/NOTES.md).
-MAX_ROWS = 1024
+# Rows of a chunk: from 512 on the matrix products run at full speed, and fresh memory for more logits costs time (two
+# AVX-512 cores; see benchmarks/NOTES.md). With few classes more rows, up to 16 MiB of logits, which caches still hold.
+MAX_ROWS = 512
+FEW_LOGITS = 2**22
 
 
 def can_run(*_args: object) -> None:
@@ -61,7 +63,8 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     nll_p, correct_p = nll.data_ptr(), correct.data_ptr()
     run_pass = extension.lce_pass_f64 if double else extension.lce_pass_f32
     gradient = call.x_grad or call.weight_grad
-    chunks = extension.lce_plan(limit_p, count, room, dtype.itemsize, per_row_aside, MAX_ROWS)
+    max_rows = max(MAX_ROWS, FEW_LOGITS // classes)
+    chunks = extension.lce_plan(limit_p, count, room, dtype.itemsize, per_row_aside, max_rows)
     workspace = torch.empty(max((rows * width for _, rows, width in chunks), default=0), dtype=dtype)
     written = 0  # classes of dweight that hold a value
     for first, rows, width in chunks:
