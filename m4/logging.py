@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from m4.config import ConfigError, TrainConfig, config_to_dict
 from m4.data.files import write_atomically
@@ -69,14 +65,6 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines after ``step``, at once or not at all."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, the largest resident set of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _start_wandb(run_dir: Path, config: TrainConfig) -> Any:

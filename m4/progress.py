@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from m4.config import TrainConfig, format_duration
-from m4.logging import peak_memory
+from m4.memory import peak_memory
 from m4.plan import LoopState, Plan
 from m4kernels import MaskedBatch
 

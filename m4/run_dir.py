@@ -13,7 +13,7 @@ import torch
 
 from m4.config import ConfigError, TrainConfig, format_duration
 from m4.data.files import writable_folder, write_atomically
-from m4.logging import peak_memory
+from m4.memory import peak_memory
 from m4.plan import LoopState, Plan
 from m4.progress import duration_text
 

@@ -25,6 +25,7 @@ from m4.data.files import write_atomically
 from m4.data.store import TokenStore
 from m4.evaluate import evaluate
 from m4.logging import RunLog
+from m4.memory import HeapTrimmer
 from m4.model import M4
 from m4.optim import build_optimizer, learning_rate, set_learning_rate
 from m4.plan import LoopState, Plan
@@ -114,6 +115,7 @@ def train(config: TrainConfig, command: str) -> int:
             smoke = smoke_test(model, store, stream.rows(positions), positions, spec, config, device)
             _announce_estimate(smoke, config, plan, device)
             forward = torch.compile(model, dynamic=True) if config.compile else model
+            heap = HeapTrimmer()
             progress.start()
             tick = time.monotonic()
             while True:
@@ -153,6 +155,7 @@ def train(config: TrainConfig, command: str) -> int:
                     metrics = progress.step(values, norm_value, rate)
                     if state.step % config.log.every == 0 or state.step == plan.steps:
                         run_log.write("train", state.step, metrics)
+                heap.step()
                 stop.check()
         except Interrupted as interrupted:
             optimizer.zero_grad(set_to_none=True)
