@@ -31,17 +31,21 @@ def for_each(what: str, work: Callable[[Job], None], jobs: Sequence[Job], worker
             return
         # A fresh interpreter each: forking a process whose OpenMP threads have run can hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker) as pool:
+        with ProcessPoolExecutor(
+            min(workers, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             try:
-                for done in as_completed([pool.submit(work, job) for job in jobs]):
+                # Ctrl-C reaches the whole group, and the parent alone decides what is dropped: workers start here, and
+                # inherit the mask.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    futures = [pool.submit(work, job) for job in jobs]
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                for done in as_completed(futures):
                     done.result()
                     bar.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                # Waiting here, since leaving the pool at once would take the cancellation back.
+                pool.shutdown(wait=True, cancel_futures=True)
                 raise
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    # Ctrl-C reaches the whole group; the parent alone decides what is dropped.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
