@@ -46,6 +46,14 @@ def id_limits(meta: dict[str, Any], config: TrainConfig) -> Tensor:
     return torch.cat(limits)
 
 
+def joint_positions(config: TrainConfig) -> Tensor:
+    """bool (L,): where a token is a joint's quantised x or y."""
+    marks = []
+    for name, length in zip(config.modalities, config.max_seq_lens, strict=True):
+        marks.append((torch.arange(length) < length - length // 3) & name.startswith("coords"))
+    return torch.cat(marks)
+
+
 def tokenizer_of(meta: dict[str, Any], cosmos_dir: Path | None) -> ImageTokenizer:
     """The image tokenizer that the data was prepared with."""
     return make_tokenizer(meta["options"]["tokenizer"], cosmos_dir)

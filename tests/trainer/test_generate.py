@@ -99,6 +99,18 @@ def test_id_limits(model, tokens):
     assert (out[:, 8:] < limits[8:]).all()
 
 
+def test_median_where_ids_are_steps_of_a_scale(model, tokens):
+    ordinal = torch.zeros(16, dtype=torch.bool)
+    ordinal[13:15] = True
+    out = generate(model, tokens[:1], given=GIVEN, wanted=["coords_next"], ordinal=ordinal, steps=1)
+    p = _logits(model, tokens[:1], list(range(8)), [13, 14, 15])[:, :20].softmax(-1).double()
+    for position, row in zip((13, 14), p, strict=False):
+        median = int(out[0, position])
+        assert row[:median].sum() < 0.5 + 1e-6
+        assert row[: median + 1].sum() > 0.5 - 1e-6
+    assert int(out[0, 15]) == int(p[2].argmax())
+
+
 def test_seeds_differ_only_when_sampling(model, tokens):
     def sampled(**kwargs):
         return generate(model, tokens, given=GIVEN, wanted=WANTED, steps=3, **kwargs)
