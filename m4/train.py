@@ -90,6 +90,7 @@ def train(config: TrainConfig, command: str) -> int:
                 log.info("saved %s", path)
 
         def evaluate_now() -> None:
+            log.info("evaluating on %s", config.data.eval_split)
             batches = fixed_batches(
                 eval_store,
                 spec,
