@@ -39,19 +39,20 @@ def draw(session: dict[str, Any], out: Path) -> None:
     )
     for axis, (op, cases) in zip(panels[:, 0], ops.items(), strict=True):
         y, ticks, labels = 0.0, [], []
-        longest = 1.0
+        shortest = longest = 1.0
         for case, records in cases.items():
             ours = next((r for r in records if r["provider"] in COLOURS), records[0])
             axis.text(1, y, f"{case}:  time relative to {ours['provider']}", va="center", fontsize=8, weight="bold")
             for record in records:
                 y += 1
                 ratio = record["seconds"] / ours["seconds"]
-                longest = max(longest, ratio)
+                shortest, longest = min(shortest, ratio), max(longest, ratio)
+                shown = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
                 axis.barh(y, ratio, color=COLOURS.get(record["provider"], OTHER), height=0.75)
                 axis.text(
                     ratio * 1.03,
                     y,
-                    f"{ratio:.2g}x  ({readable(record['seconds'])}, {record['rate']})",
+                    f"{shown}x  ({readable(record['seconds'])}, {record['rate']})",
                     va="center",
                     fontsize=7,
                 )
@@ -61,7 +62,7 @@ def draw(session: dict[str, Any], out: Path) -> None:
         axis.set_yticks(ticks, labels, fontsize=7)
         axis.set_ylim(y - 0.2, -0.8)
         axis.set_xscale("log")
-        axis.set_xlim(0.9 if longest > 1 else 0.5, longest * 12)
+        axis.set_xlim(0.9 * shortest, longest * 12)
         axis.set_title(op, fontsize=10, loc="left")
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
