@@ -1,6 +1,7 @@
 """Public functions quantize_coords and dequantize_coords, and their registration with torch.library."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,37 +118,21 @@ def _check_dequantize(tokens: Tensor, canvas: float, bins: int) -> None:
         raise ValueError(f"{op}: tokens must have shape (..., 3 * J), got {tuple(tokens.shape)}")
 
 
-def _quantize(
-    xy: Tensor,
-    visible: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    canvas: float,
-    bins: int,
-    backend: str,
-) -> Tensor:
-    args = (xy, visible, scale, offset, canvas, bins)
-    _check_quantize(*args)
-    return dispatcher.select(backend, *args).quantize_coords(*args)
+def _quantize(*args: Any) -> Tensor:
+    *call, backend = args
+    _check_quantize(*call)
+    return dispatcher.select(backend, *call).quantize_coords(*call)
 
 
-def _quantize_fake(
-    xy: Tensor,
-    visible: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    canvas: float,
-    bins: int,
-    backend: str,
-) -> Tensor:
-    _check_quantize(xy, visible, scale, offset, canvas, bins)
+def _quantize_fake(xy: Tensor, *rest: Any) -> Tensor:
+    _check_quantize(xy, *rest[:-1])
     return xy.new_empty((*xy.shape[:-2], 3 * xy.shape[-2]), dtype=torch.int64)
 
 
-def _dequantize(tokens: Tensor, canvas: float, bins: int, backend: str) -> tuple[Tensor, Tensor]:
-    args = (tokens, canvas, bins)
-    _check_dequantize(*args)
-    return dispatcher.select(backend, *args).dequantize_coords(*args)
+def _dequantize(*args: Any) -> tuple[Tensor, Tensor]:
+    *call, backend = args
+    _check_dequantize(*call)
+    return dispatcher.select(backend, *call).dequantize_coords(*call)
 
 
 def _dequantize_fake(tokens: Tensor, canvas: float, bins: int, backend: str) -> tuple[Tensor, Tensor]:
