@@ -95,6 +95,8 @@ class Dispatcher:
                 )
             return self.module(named)
         for name in self.backends:
+            if name == "triton" and args[0].device.type == "cpu":
+                continue  # Triton's interpreter shows what a kernel computes, a thousand times slower: only when named
             why_not = self.reason(name, *args)
             if why_not is None:
                 return self.module(name)

@@ -74,3 +74,9 @@ def test_report_and_lazy_import() -> None:
     code = "import sys, m4kernels; print('triton' in sys.modules, 'm4kernels._C' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", "False"]  # importing compiles nothing and loads no backend
+
+
+def test_the_interpreter_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatcher = Dispatcher("quantize_coords", ("triton", "cpp", "reference"))
+    assert dispatcher.select("", *CALL).__name__.endswith(".cpp")
