@@ -17,6 +17,9 @@ import torch
 from m4kernels import _ext
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
+# What the automatic choice considers on a device. Triton's interpreter, which runs on the CPU, shows what a kernel
+# computes a thousand times slower, so there it must be named.
+_CANDIDATES = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 ENVIRONMENT_VARIABLE = "M4KERNELS_BACKEND"
 _log = logging.getLogger("m4kernels")
 
@@ -48,6 +51,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def runs_always(*_args: object) -> None:
+    """`can_run` of a backend that runs whatever the op accepts. Where the device has it, it is not asked again."""
+
+
 class Dispatcher:
     """Chooses the backend module of one op.
 
@@ -60,6 +67,7 @@ class Dispatcher:
         self.op = op
         self.backends = backends
         self._modules: dict[str, ModuleType] = {}
+        self._settled: dict[tuple[str, torch.device], ModuleType] = {}
         self._said: set[str] = set()
 
     def module(self, backend: str) -> ModuleType:
@@ -81,6 +89,15 @@ class Dispatcher:
             ValueError: the name is unknown, or the named backend cannot run these arguments.
         """
         named = backend or os.environ.get(ENVIRONMENT_VARIABLE, "")
+        settled = self._settled.get((named, args[0].device))
+        if settled is not None:
+            return settled
+        module = self._choose(named, backend, args)
+        if module.can_run is runs_always:
+            self._settled[named, args[0].device] = module
+        return module
+
+    def _choose(self, named: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
         if named:
             if named not in BACKENDS:
                 origin = "backend" if backend else ENVIRONMENT_VARIABLE
@@ -94,19 +111,17 @@ class Dispatcher:
                     f"{self.op}: backend {named!r} cannot run: {why_not}. Usable here: {', '.join(usable)}"
                 )
             return self.module(named)
-        for name in self.backends:
-            if name == "triton" and args[0].device.type == "cpu":
-                continue  # Triton's interpreter shows what a kernel computes, a thousand times slower: only when named
-            why_not = self.reason(name, *args)
+        device_type = args[0].device.type
+        for name in _CANDIDATES.get(device_type, ("reference",)):
+            if name not in self.backends:
+                continue
+            why_not = unavailable(name, device_type) or self.module(name).can_run(*args)
             if why_not is None:
                 return self.module(name)
-            self._say_once(name, why_not, args[0].device)
+            self._say_once(name, why_not)
         raise AssertionError(f"{self.op}: the reference backend refused")  # can_run of a reference is always None
 
-    def _say_once(self, backend: str, why_not: str, device: torch.device) -> None:
-        # A backend for another kind of device was never a candidate, so skipping it is no news.
-        if (device.type == "cpu") != (backend == "cpp"):
-            return
+    def _say_once(self, backend: str, why_not: str) -> None:
         if f"{backend}: {why_not}" not in self._said:
             self._said.add(f"{backend}: {why_not}")
             _log.warning("%s: skipping the faster backend %r: %s", self.op, backend, why_not)

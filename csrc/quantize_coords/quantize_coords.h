@@ -25,16 +25,21 @@ M4K_HD T round_half_even(T t, Scalar shift) {
     return t < s ? (t + s) - s : t;
 }
 
-// The token of canvas coordinate c: clamp(round_half_even(c / canvas * (bins - 1)), 0, bins - 1), 0 for a non-finite c.
-// Clamping first gives the same, because the bounds are integers.
+// The token of canvas coordinate c, given c / canvas: clamp(round_half_even(c / canvas * (bins - 1)), 0, bins - 1), 0
+// for a non-finite c. Clamping first gives the same, because the bounds are integers.
 template <typename T, typename Scalar>
-M4K_HD T coord_token(T c, Scalar canvas, Scalar max_token) {
+M4K_HD T token_of_share(T c, T share, Scalar max_token) {
     const T last = T{} + max_token;
-    T t = c / canvas * max_token;
+    T t = share * max_token;
     t = t > T{} ? t : T{};  // also takes NaN, for which the comparison is false
     t = t < last ? t : last;
     t = c - c == T{} ? t : T{};
     return round_half_even(t, rounding_shift(max_token));
+}
+
+template <typename T, typename Scalar>
+M4K_HD T coord_token(T c, Scalar canvas, Scalar max_token) {
+    return token_of_share(c, T(c / canvas), max_token);
 }
 
 // True (-1 in a lane of a vector) where c is finite and within [0, canvas].

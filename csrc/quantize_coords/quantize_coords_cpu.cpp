@@ -1,5 +1,8 @@
 // CPU kernels of quantize_coords and dequantize_coords, compiled once per SIMD level: the loops are written so that the
 // compiler vectorises them with the level's registers.
+#include <bit>
+#include <cmath>
+
 #include "quantize_coords/quantize_coords.h"
 
 namespace m4k::M4K_SIMD_NS {
@@ -19,6 +22,23 @@ struct Affine {
     T scale_x, scale_y, offset_x, offset_y;
 };
 
+// c / canvas. By a power of two, such as M4's 256, the product with the reciprocal has the same bits in a third of the
+// time.
+template <bool kPowerOfTwo, typename T, typename V>
+inline __attribute__((always_inline)) V share(const QuantizeArgs<T>& a, V c) {
+    if constexpr (kPowerOfTwo) {
+        return c * (T(1) / a.canvas);
+    } else {
+        return c / a.canvas;
+    }
+}
+
+template <typename T>
+bool is_power_of_two(T canvas) {
+    int exponent;
+    return std::frexp(canvas, &exponent) == T(0.5) && exponent > -100 && exponent < 100;  // its reciprocal is normal
+}
+
 template <typename V, typename T>
 inline __attribute__((always_inline)) V load(const T* p) {
     V v;
@@ -26,22 +46,31 @@ inline __attribute__((always_inline)) V load(const T* p) {
     return v;
 }
 
+inline __attribute__((always_inline)) void store(int64_t* p, Vec<int64_t> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
 template <typename V>
-inline __attribute__((always_inline)) void store(int64_t* p, V v) {
-    const auto wide = __builtin_convertvector(v, Vec<int64_t>);
-    __builtin_memcpy(p, &wide, sizeof(wide));
+inline __attribute__((always_inline)) Vec<int64_t> token(V t) {
+    return __builtin_convertvector(__builtin_convertvector(t, Vec<int32_t>), Vec<int64_t>);
 }
 
-template <typename T>
+// Eight bytes of 0 or 1, one a lane. By shifts, since GCC 12 converts vectors of bytes one by one.
+inline __attribute__((always_inline)) Vec<int64_t> spread_bytes(const uint8_t* p) {
+    static_assert(std::endian::native == std::endian::little);
+    uint64_t bytes;
+    __builtin_memcpy(&bytes, p, sizeof(bytes));
+    return Vec<int64_t>(((Vec<uint64_t>{} + bytes) >> Vec<uint64_t>{0, 8, 16, 24, 32, 40, 48, 56}) & 1);
+}
+
+template <bool kPowerOfTwo, typename T>
 inline __attribute__((always_inline)) void quantize_block(const QuantizeArgs<T>& a, const Affine<T>& affine,
                                                           const T* xy, const uint8_t* visible, int64_t* out) {
     const auto low = load<Vec<T>>(xy), high = load<Vec<T>>(xy + kBlock);
     const Vec<T> x = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14) * affine.scale_x + affine.offset_x;
     const Vec<T> y = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15) * affine.scale_y + affine.offset_y;
-    store(out, __builtin_convertvector(coord_token(x, a.canvas, a.max_token), Vec<int32_t>));
-    store(out + a.joints, __builtin_convertvector(coord_token(y, a.canvas, a.max_token), Vec<int32_t>));
-    const auto inside = __builtin_convertvector(coord_inside(x, a.canvas) & coord_inside(y, a.canvas), Vec<int32_t>);
-    store(out + 2 * a.joints, __builtin_convertvector(load<Vec<uint8_t>>(visible), Vec<int32_t>) & inside);
+    store(out, token(token_of_share(x, share<kPowerOfTwo>(a, x), a.max_token)));
+    store(out + a.joints, token(token_of_share(y, share<kPowerOfTwo>(a, y), a.max_token)));
+    const auto inside = __builtin_convertvector(coord_inside(x, a.canvas) & coord_inside(y, a.canvas), Vec<int64_t>);
+    store(out + 2 * a.joints, spread_bytes(visible) & inside);
 }
 
 template <typename T>
@@ -54,8 +83,8 @@ inline void quantize_joint(const QuantizeArgs<T>& a, const Affine<T>& affine, co
     out[2 * a.joints] = visible & coord_inside(x, a.canvas) & coord_inside(y, a.canvas);
 }
 
-template <typename T>
-void quantize_sample(const QuantizeArgs<T>& a, int64_t i) {
+template <bool kPowerOfTwo, typename T>
+inline void quantize_sample(const QuantizeArgs<T>& a, int64_t i) {
     const int64_t joints = a.joints;
     Affine<T> affine{T(1), T(1), T(0), T(0)};
     if (a.scale != nullptr) {
@@ -75,7 +104,7 @@ void quantize_sample(const QuantizeArgs<T>& a, int64_t i) {
     }
     for (int64_t j = 0; j < joints; j += kBlock) {
         const int64_t at = j + kBlock <= joints ? j : joints - kBlock;  // the last block overlaps the one before
-        quantize_block(a, affine, xy + 2 * at, visible + at, out + at);
+        quantize_block<kPowerOfTwo>(a, affine, xy + 2 * at, visible + at, out + at);
     }
 }
 
@@ -84,11 +113,18 @@ int thread_count(int64_t total_joints, int threads) {
     return useful < 1 ? 1 : (useful < threads ? static_cast<int>(useful) : threads);
 }
 
+template <bool kPowerOfTwo, typename T>
+void quantize_samples(const QuantizeArgs<T> a, int64_t first, int64_t last) {  // by value: no store can change it
+    for (int64_t i = first; i < last; ++i) quantize_sample<kPowerOfTwo>(a, i);
+}
+
 template <typename T>
 void quantize_all(const QuantizeArgs<T>& a) {
+    const auto samples = is_power_of_two(a.canvas) ? quantize_samples<true, T> : quantize_samples<false, T>;
     const int threads = thread_count(a.n * a.joints, a.threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t i = 0; i < a.n; ++i) quantize_sample(a, i);
+    if (threads == 1) return samples(a, 0, a.n);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t) samples(a, a.n * t / threads, a.n * (t + 1) / threads);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m4kernels._dtypes import compute_dtype
-from m4kernels._library import register, register_autograd
+from m4kernels._library import Op
 from m4kernels.dispatch import Dispatcher
 from m4kernels.segments import Segments
 
@@ -56,8 +56,7 @@ def cross_modal_attention(
     """
     q_parts = (q_segments.cu_seqlens, q_segments.counts, q_segments.max_seqlen)
     k_parts = (k_segments.cu_seqlens, k_segments.counts, k_segments.max_seqlen)
-    op = torch.ops.m4kernels.cross_modal_attention
-    return op(q, k, v, *q_parts, *k_parts, allow, scale, backend or "")[0]
+    return _op(q, k, v, *q_parts, *k_parts, allow, scale, backend or "")[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, k_segments: Segments, allow: Tensor | None) -> None:
@@ -177,8 +176,7 @@ def _autograd_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> 
     out, lse, q, k, v, q_cu_seqlens, q_counts, k_cu_seqlens, k_counts, allow = ctx.saved_tensors
     q_parts = (q_cu_seqlens, q_counts, ctx.q_max_seqlen)
     k_parts = (k_cu_seqlens, k_counts, ctx.k_max_seqlen)
-    op = torch.ops.m4kernels.cross_modal_attention_backward
-    grads = op(grad_out, out, lse, q, k, v, *q_parts, *k_parts, allow, ctx.scale, ctx.backend)
+    grads = _backward_op(grad_out, out, lse, q, k, v, *q_parts, *k_parts, allow, ctx.scale, ctx.backend)
     return *grads, *(None,) * 9
 
 
@@ -191,11 +189,11 @@ _ARGUMENTS = (
     f"Tensor q, Tensor k, Tensor v, {_SEGMENTS.format('q')}, {_SEGMENTS.format('k')}, Tensor? allow, float? scale, "
     "str backend"
 )
-register(f"{OP}({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake)
-register(
+_op = Op(f"{OP}({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake, _autograd_backward, _setup_context)
+_backward_op = Op(
     f"{OP}_backward(Tensor grad_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _no_second_derivative,
+    lambda ctx, inputs, output: None,
 )
-register_autograd(OP, _autograd_backward, _setup_context)
-register_autograd(f"{OP}_backward", _no_second_derivative, lambda ctx, inputs, output: None)

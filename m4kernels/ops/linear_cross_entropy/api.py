@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from m4kernels._library import register, register_autograd
+from m4kernels._library import Op
 from m4kernels.dispatch import Dispatcher
 from m4kernels.ops.linear_cross_entropy.arguments import OP, LossArguments
 
@@ -75,7 +75,7 @@ def linear_cross_entropy(
     compute_dtype = None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(x.device.type)
-    loss, nll, correct, _, _ = torch.ops.m4kernels.linear_cross_entropy(
+    loss, nll, correct, _, _ = _op(
         x,
         weight,
         targets,
@@ -150,11 +150,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     return (*gradients, *[None] * 9)
 
 
-register(
+_op = Op(
     f"{OP}(Tensor x, Tensor weight, Tensor targets, Tensor? token_weight, Tensor? vocab_limit, int ignore_index,"
     " int max_workspace_bytes, ScalarType? compute_dtype, bool x_grad, bool weight_grad, str backend)"
     " -> (Tensor loss, Tensor nll, Tensor correct, Tensor dx, Tensor dweight)",
     _forward,
     _fake,
+    _backward,
+    _setup_context,
 )
-register_autograd(OP, _backward, _setup_context)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m4kernels._library import register
+from m4kernels._library import Op
 from m4kernels.dispatch import Dispatcher
 from m4kernels.ops.mask_tokens.plan import make_plan
 from m4kernels.ops.mask_tokens.reference import Draw
@@ -58,7 +58,7 @@ def mask_tokens(
         raise ValueError(f"mask_tokens: seed must fit in 64 bits, got {seed}")
     if capacity is not None and len(capacity) != 2:
         raise ValueError(f"mask_tokens: capacity must be (encoder, decoder), got {capacity}")
-    outputs = torch.ops.m4kernels.mask_tokens(
+    outputs = _op(
         tokens,
         sample_ids,
         lengths,
@@ -170,7 +170,7 @@ def _mask_tokens_fake(
     return tuple(out)
 
 
-register(
+_op = Op(
     "mask_tokens(Tensor tokens, Tensor sample_ids, Tensor? lengths, int[] max_seq_lens, float[] input_alphas,"
     " float[] target_alphas, int[] token_ranges, SymInt seed, SymInt epoch, SymInt[]? capacity, str backend)"
     f" -> ({', '.join(['Tensor'] * 10)})",

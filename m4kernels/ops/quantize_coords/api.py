@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m4kernels._library import register
+from m4kernels._library import Op
 from m4kernels.dispatch import Dispatcher
 
 MAX_BINS = 2**24  # the largest range of integers that float32 holds exactly
@@ -45,7 +45,7 @@ def quantize_coords(
     Raises:
         ValueError: a shape, dtype, device or number does not fit; the message names the argument.
     """
-    return torch.ops.m4kernels.quantize_coords(xy, visible, scale, offset, canvas, bins, backend or "")
+    return _quantize_op(xy, visible, scale, offset, canvas, bins, backend or "")
 
 
 def dequantize_coords(
@@ -69,11 +69,11 @@ def dequantize_coords(
     Raises:
         ValueError: a shape, dtype or number does not fit; the message names the argument.
     """
-    return torch.ops.m4kernels.dequantize_coords(tokens, canvas, bins, backend or "")
+    return _dequantize_op(tokens, canvas, bins, backend or "")
 
 
 def _check_grid(op: str, canvas: float, bins: int) -> None:
-    if not (math.isfinite(canvas) and canvas > 0):
+    if not 0 < canvas < math.inf:
         raise ValueError(f"{op}: canvas must be finite and positive, got {canvas}")
     if not 2 <= bins <= MAX_BINS:
         raise ValueError(f"{op}: bins must be 2 to {MAX_BINS}, got {bins}")
@@ -84,29 +84,32 @@ def _check_quantize(
 ) -> None:
     op = "quantize_coords"
     _check_grid(op, canvas, bins)
-    if not xy.is_floating_point():
+    shape, device = xy.shape, xy.device
+    if not xy.dtype.is_floating_point:
         raise ValueError(f"{op}: xy must be floating, got {xy.dtype}")
-    if xy.dim() < 2 or xy.shape[-1] != 2:
-        raise ValueError(f"{op}: xy must have shape (..., J, 2), got {tuple(xy.shape)}")
+    if len(shape) < 2 or shape[-1] != 2:
+        raise ValueError(f"{op}: xy must have shape (..., J, 2), got {tuple(shape)}")
     if visible.dtype != torch.bool:
         raise ValueError(f"{op}: visible must be bool, got {visible.dtype}")
-    if visible.shape != xy.shape[:-1]:
-        raise ValueError(f"{op}: visible must have shape {tuple(xy.shape[:-1])}, got {tuple(visible.shape)}")
-    if visible.device != xy.device:
-        raise ValueError(f"{op}: visible is on {visible.device}, xy on {xy.device}")
-    target = (*xy.shape[:-2], 2)
+    if visible.shape != shape[:-1]:
+        raise ValueError(f"{op}: visible must have shape {tuple(shape[:-1])}, got {tuple(visible.shape)}")
+    if visible.device != device:
+        raise ValueError(f"{op}: visible is on {visible.device}, xy on {device}")
+    target = (*shape[:-2], 2)
     for name, value in (("scale", scale), ("offset", offset)):
         if value is None:
             continue
-        if not value.is_floating_point():
+        if not value.dtype.is_floating_point:
             raise ValueError(f"{op}: {name} must be floating, got {value.dtype}")
-        if value.device != xy.device:
-            raise ValueError(f"{op}: {name} is on {value.device}, xy on {xy.device}")
-        fits = value.dim() <= len(target) and all(
-            have in (1, want) for have, want in zip(reversed(value.shape), reversed(target), strict=False)
+        if value.device != device:
+            raise ValueError(f"{op}: {name} is on {value.device}, xy on {device}")
+        have = value.shape
+        fits = have == target or (
+            len(have) <= len(target)
+            and all(size in (1, want) for size, want in zip(reversed(have), reversed(target), strict=False))
         )
         if not fits:
-            raise ValueError(f"{op}: {name} must be broadcastable to {target}, got {tuple(value.shape)}")
+            raise ValueError(f"{op}: {name} must be broadcastable to {target}, got {tuple(have)}")
 
 
 def _check_dequantize(tokens: Tensor, canvas: float, bins: int) -> None:
@@ -144,13 +147,13 @@ def _dequantize_fake(tokens: Tensor, canvas: float, bins: int, backend: str) -> 
     )
 
 
-register(
+_quantize_op = Op(
     "quantize_coords(Tensor xy, Tensor visible, Tensor? scale, Tensor? offset, float canvas, int bins, str backend)"
     " -> Tensor",
     _quantize,
     _quantize_fake,
 )
-register(
+_dequantize_op = Op(
     "dequantize_coords(Tensor tokens, float canvas, int bins, str backend) -> (Tensor, Tensor)",
     _dequantize,
     _dequantize_fake,

@@ -1,14 +1,15 @@
 """quantize_coords on the CPU, through csrc/quantize_coords."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from m4kernels import _ext
 from m4kernels._dtypes import compute_dtype
+from m4kernels.dispatch import runs_always
 
-
-def can_run(*_args: object) -> None:
-    """Every shape and dtype that the op accepts."""
+can_run = runs_always
 
 
 def quantize_coords(
@@ -16,11 +17,12 @@ def quantize_coords(
 ) -> Tensor:
     """xy (..., J, 2), visible (..., J), scale and offset broadcastable to (..., 2) → int64 (..., 3 J)."""
     dtype = compute_dtype(xy.dtype)
-    batch, joints = xy.shape[:-2], xy.shape[-2]
-    xy = xy.to(dtype).contiguous()
+    *batch, joints, _ = xy.shape
+    xy = (xy if xy.dtype == dtype else xy.to(dtype)).contiguous()
     visible = visible.contiguous()
-    scale, scale_step = _per_sample(scale, batch, dtype)
-    offset, offset_step = _per_sample(offset, batch, dtype)
+    pairs = (*batch, 2)
+    scale, scale_step = _per_sample(scale, pairs, dtype)
+    offset, offset_step = _per_sample(offset, pairs, dtype)
     tokens = torch.empty((*batch, 3 * joints), dtype=torch.int64)
     extension = _ext.require()
     kernel = extension.quantize_coords_f64 if dtype == torch.float64 else extension.quantize_coords_f32
@@ -32,7 +34,7 @@ def quantize_coords(
         scale_step,
         offset_step,
         tokens.data_ptr(),
-        batch.numel(),
+        math.prod(batch),
         joints,
         canvas,
         bins,
@@ -60,11 +62,14 @@ def dequantize_coords(tokens: Tensor, canvas: float, bins: int) -> tuple[Tensor,
     return xy, visible
 
 
-def _per_sample(value: Tensor | None, batch: torch.Size, dtype: torch.dtype) -> tuple[Tensor | None, int]:
+def _per_sample(value: Tensor | None, pairs: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | None, int]:
     """(contiguous values, elements from one sample's pair to the next: 2, or 0 when all samples share one pair)."""
     if value is None:
         return None, 0
-    value = value.to(dtype)
+    if value.dtype != dtype:
+        value = value.to(dtype)
+    if value.shape == pairs:
+        return value.contiguous(), 2
     if value.shape[:-1].numel() == 1:
         return value.reshape(-1).expand(2).contiguous(), 0
-    return value.expand(*batch, 2).contiguous(), 2
+    return value.expand(pairs).contiguous(), 2
