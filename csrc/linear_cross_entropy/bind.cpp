@@ -29,12 +29,12 @@ void pass(uintptr_t logits, uintptr_t order, uintptr_t limit, uintptr_t scale, u
 }
 
 template <typename T>
-double weighted_loss(uintptr_t order, uintptr_t scale, uintptr_t nll, int64_t count) {
+void weighted_loss(uintptr_t order, uintptr_t scale, uintptr_t nll, int64_t count, uintptr_t out) {
     double loss = 0;
     for (int64_t i = 0; i < count; ++i) {
         loss += double(as_ptr<const T>(scale)[i]) * double(as_ptr<const T>(nll)[as_ptr<const int64_t>(order)[i]]);
     }
-    return loss;
+    *as_ptr<T>(out) = static_cast<T>(loss);
 }
 
 }  // namespace

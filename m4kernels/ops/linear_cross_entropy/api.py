@@ -1,6 +1,5 @@
 """Public function linear_cross_entropy, and its registration with torch.library: schema, fake, autograd."""
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -95,11 +94,13 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *arguments, backend = rest
     call = LossArguments(x, *arguments)
     call.check_structure()
-    # The products are in the dtype that the call asks for: autocast must not touch those inside.
+    module = dispatcher.select(backend, x, call)
     device = x.device.type
-    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with plain:
-        return dispatcher.select(backend, x, call).linear_cross_entropy(call)
+    if not torch.is_autocast_enabled(device):
+        return module.linear_cross_entropy(call)
+    # The products are in the dtype that the call asks for: autocast must not touch those inside.
+    with torch.autocast(device, enabled=False):
+        return module.linear_cross_entropy(call)
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -115,14 +116,12 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+def _scaled(saved: Tensor, factor: Tensor, is_one: bool) -> Tensor:
     """saved * factor; `saved` itself where the backward pass runs once, since a gradient of the weight is large and
     fresh memory costs more than the product. Tracers, which see other types, get the plain product."""
     if type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
         return saved * factor
-    if factor.device.type == "cpu" and factor.item() == 1.0:
-        return saved
-    return saved.mul_(factor)
+    return saved if is_one else saved.mul_(factor)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -138,6 +137,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if torch.is_grad_enabled():  # create_graph=True: the saved gradients would pass for constants
         raise RuntimeError(f"{OP}: second derivatives are not implemented (backward was called with create_graph=True)")
     gradients: list[Tensor | None] = []
+    is_one = type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1.0
     for name, needed, saved, dtype in zip(
         ("x", "weight"), ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.dtypes, strict=True
     ):
@@ -146,7 +146,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         elif saved is None:
             raise RuntimeError(f"{OP}: {name} requires grad, but the op was called with {name}_grad=False")
         else:
-            gradients.append(_scaled(saved, grad_loss).to(dtype))
+            gradient = _scaled(saved, grad_loss, is_one)
+            gradients.append(gradient if dtype == gradient.dtype else gradient.to(dtype))
     return (*gradients, *[None] * 9)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from m4kernels._dtypes import compute_dtype
 OP = "linear_cross_entropy"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LossArguments:
     """One call of the op; shapes as in `api.linear_cross_entropy`.
 
@@ -32,12 +31,12 @@ class LossArguments:
     x_grad: bool
     weight_grad: bool
 
-    @cached_property
+    @property
     def operand_dtype(self) -> torch.dtype:
         """What the matrix products multiply."""
         return self.x.dtype if self.compute_dtype is None else self.compute_dtype
 
-    @cached_property
+    @property
     def result_dtype(self) -> torch.dtype:
         """What sums, loss and gradients are held in: float64 for float64 operands, else float32."""
         return compute_dtype(self.operand_dtype)
@@ -144,7 +143,7 @@ class LossArguments:
             part = slice(first, min(first + block, classes))
             yield part, self.weight[part].to(self.operand_dtype).to(self.result_dtype).contiguous()
 
-    @cached_property
+    @property
     def _weight_as_it_lies(self) -> bool:
         """Whether the matrix product reads the weight without a copy."""
         weight, dtype = self.weight, self.result_dtype

@@ -18,37 +18,25 @@ MAX_ROWS = 512
 FEW_LOGITS = 2**22
 
 
+# Fewer rows than these, and the library sums a product over all classes one by one; it is cut into this many classes.
+FEW_ROWS = 24
+CLASSES_A_SUM = 512
+
 can_run = runs_always
 
 
 def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As reference.linear_cross_entropy."""
-    extension, dtype, threads = _ext.require(), call.result_dtype, torch.get_num_threads()
-    double = dtype == torch.float64
-    tokens, dim = call.x.shape
-    classes = call.weight.shape[0]
+    extension, dtype = _ext.require(), call.result_dtype
+    double, itemsize = dtype == torch.float64, dtype.itemsize
+    (tokens, dim), classes = call.x.shape, call.weight.shape[0]
     targets = call.targets.contiguous()
-    vocab_limit = None if call.vocab_limit is None else call.vocab_limit.contiguous()
-    token_weight = None if call.token_weight is None else call.token_weight.to(dtype).contiguous()
-    order, limit = torch.empty((2, tokens), dtype=torch.int64)
-    scale = torch.empty(tokens, dtype=dtype)
-    order_p, limit_p, scale_p, targets_p = order.data_ptr(), limit.data_ptr(), scale.data_ptr(), targets.data_ptr()
-    count = (extension.lce_order_f64 if double else extension.lce_order_f32)(
-        targets_p,
-        0 if vocab_limit is None else vocab_limit.data_ptr(),
-        0 if vocab_limit is None else vocab_limit.itemsize,
-        0 if token_weight is None else token_weight.data_ptr(),
-        tokens,
-        classes,
-        call.ignore_index,
-        order_p,
-        limit_p,
-        scale_p,
-    )
-    if count < 0:
-        raise call.value_error(-1 - count)
+    table = torch.empty(3 * tokens, dtype=torch.int64)  # of the valid tokens: index, limit, factor in the loss
+    addresses = tuple(table.data_ptr() + 8 * i * tokens for i in range(3))
+    count = _order(call, targets, addresses)
+    order = table[:count] if count < tokens or call.vocab_limit is not None else None
+    everything = order is None or (count == tokens and bool((order.diff() == 1).all()))
 
-    everything = count == tokens and (vocab_limit is None or bool((order.diff() == 1).all()))
     new = torch.empty if count == tokens else torch.zeros
     nll = new(tokens, dtype=dtype)
     correct = new(tokens, dtype=torch.bool)
@@ -56,20 +44,19 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     dweight = torch.empty((classes, dim) if call.weight_grad else 0, dtype=dtype)
 
     convert_x = not (everything and call.x.dtype == call.operand_dtype == dtype and call.x.is_contiguous())
-    copy_dx = call.x_grad and not everything
     # A row: its logits, x gathered and converted (beside the previous chunk's), its gradient.
-    per_row_aside = dim * dtype.itemsize * (4 * convert_x + 2 * copy_dx)
-    room, block = call.divide_workspace(tokens * (32 + 2 * dtype.itemsize), classes * dtype.itemsize + per_row_aside)
-    nll_p, correct_p = nll.data_ptr(), correct.data_ptr()
-    run_pass = extension.lce_pass_f64 if double else extension.lce_pass_f32
-    gradient = call.x_grad or call.weight_grad
+    per_row_aside = dim * itemsize * (4 * convert_x + 2 * (call.x_grad and not everything))
+    room, block = call.divide_workspace(tokens * (32 + 2 * itemsize), classes * itemsize + per_row_aside)
     max_rows = max(MAX_ROWS, FEW_LOGITS // classes)
-    chunks = extension.lce_plan(limit_p, count, room, dtype.itemsize, per_row_aside, max_rows)
+    chunks = extension.lce_plan(addresses[1], count, room, itemsize, per_row_aside, max_rows)
     workspace = torch.empty(max((rows * width for _, rows, width in chunks), default=0), dtype=dtype)
+    pointers = (*addresses, targets.data_ptr(), nll.data_ptr(), correct.data_ptr())
+    run_pass = extension.lce_pass_f64 if double else extension.lce_pass_f32
+    gradient, threads = call.x_grad or call.weight_grad, torch.get_num_threads()
     written = 0  # classes of dweight that hold a value
     for first, rows, width in chunks:
         members = slice(first, first + rows)
-        if everything:
+        if order is None or everything:
             x = call.x if rows == tokens else call.x[members]
         else:
             x = call.x.index_select(0, order[members])
@@ -77,40 +64,64 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
             x = x.to(call.operand_dtype).to(dtype).contiguous()
         logits = torch.as_strided(workspace, (rows, width), (width, 1))
         for part, weight in call.weight_blocks(block, width):
-            torch.mm(x, weight.T, out=logits[:, part])
-        run_pass(
-            logits.data_ptr(),
-            order_p,
-            limit_p,
-            scale_p,
-            targets_p,
-            nll_p,
-            correct_p,
-            first,
-            rows,
-            width,
-            gradient,
-            threads,
-        )
+            torch.mm(x, weight.T, out=_columns(logits, part))
+        run_pass(logits.data_ptr(), *pointers, first, rows, width, gradient, threads)
         if not gradient:
             continue
-        dx_rows = torch.empty(rows, dim, dtype=dtype) if copy_dx else dx[members]
+        if everything:
+            dx_rows = dx if rows == tokens or not call.x_grad else dx[members]
+        else:
+            dx_rows = torch.empty((rows, dim) if call.x_grad else 0, dtype=dtype)
         for part, weight in call.weight_blocks(block, width):
-            columns = logits[:, part]
-            if call.x_grad and part.start == 0:
-                torch.mm(columns, weight, out=dx_rows)
-            elif call.x_grad:
-                dx_rows.addmm_(columns, weight)
-            if not call.weight_grad:
-                continue
-            if written:
-                dweight[part].addmm_(columns.T, x)
-            else:
-                torch.mm(columns.T, x, out=dweight[part])
+            columns = _columns(logits, part)
+            if call.x_grad:
+                _product(columns, weight, dx_rows, add=part.start > 0)
+            if call.weight_grad:
+                _product(columns.T, x, dweight if weight.shape[0] == classes else dweight[part], add=written > 0)
         written = max(written, width)
-        if copy_dx:
+        if call.x_grad and order is not None and not everything:
             dx.index_copy_(0, order[members], dx_rows)
     if call.weight_grad and written < classes:
         dweight[written:].zero_()
-    loss = (extension.lce_loss_f64 if double else extension.lce_loss_f32)(order_p, scale_p, nll_p, count)
-    return torch.full((), loss, dtype=dtype), nll, correct, dx, dweight
+    loss = torch.empty((), dtype=dtype)
+    (extension.lce_loss_f64 if double else extension.lce_loss_f32)(
+        *addresses[::2], nll.data_ptr(), count, loss.data_ptr()
+    )
+    return loss, nll, correct, dx, dweight
+
+
+def _order(call: LossArguments, targets: Tensor, addresses: tuple[int, ...]) -> int:
+    """Fill in the valid tokens, widest vocabulary first: index, limit and factor in the loss. Returns their number."""
+    extension, double = _ext.require(), call.result_dtype == torch.float64
+    limit, scale = call.vocab_limit, call.token_weight
+    limit = None if limit is None else limit.contiguous()
+    scale = None if scale is None else scale.to(call.result_dtype).contiguous()
+    count = (extension.lce_order_f64 if double else extension.lce_order_f32)(
+        targets.data_ptr(),
+        0 if limit is None else limit.data_ptr(),
+        0 if limit is None else limit.itemsize,
+        0 if scale is None else scale.data_ptr(),
+        targets.shape[0],
+        call.weight.shape[0],
+        call.ignore_index,
+        *addresses,
+    )
+    if count < 0:
+        raise call.value_error(-1 - count)
+    return count
+
+
+def _columns(logits: Tensor, part: slice) -> Tensor:
+    return logits if part.start == 0 and part.stop == logits.shape[1] else logits[:, part]
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """out = a @ b, or out += a @ b."""
+    if a.shape[0] < FEW_ROWS and a.shape[1] > CLASSES_A_SUM:
+        for first in range(0, a.shape[1], CLASSES_A_SUM):
+            part = torch.mm(a[:, first : first + CLASSES_A_SUM], b[first : first + CLASSES_A_SUM])
+            out.add_(part) if add or first else out.copy_(part)
+    elif add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
