@@ -67,7 +67,8 @@ def work(batch: MaskedBatch) -> Work:
 SUITE = Suite(
     "training_step",
     {
-        "M4, 2 samples": Case(lambda: masked_batch(2), work),
+        "M4, 2 samples": Case(lambda: masked_batch(2), work, full=True),
+        "M4, 4 samples": Case(lambda: masked_batch(4), work),
         "M4, 16 samples": Case(lambda: masked_batch(16), work, full=True),
     },
     {"auto": step("auto"), "reference": step("reference"), "reference-matmul": step("reference-matmul")},
