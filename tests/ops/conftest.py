@@ -1,9 +1,13 @@
 """Fixtures for the tests of the ops."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# With this cuBLAS repeats its bits, and PyTorch admits it in deterministic mode; both read it when first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
