@@ -107,6 +107,20 @@ def test_blocks_smaller_than_a_row(
     assert_close_to_whole_logits(case(20, 8, 100, weighted=True, limits=limits).to(dtype), target)
 
 
+@pytest.mark.parametrize("form", [(3, 70), (3, 32)], ids=str)
+@on_triton
+def test_correct_takes_the_lowest_of_equal_classes_in_several_blocks(
+    form: tuple[int, int], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "LAUNCHES", ((16, 1),))
+    monkeypatch.setattr(backend, "plan", lambda call: backend.Plan(*form))
+    weight = torch.zeros(70, 4, device=target[1])
+    weight[[5, 40, 69]] = 1
+    x, targets = torch.ones(3, 4, device=target[1]), torch.tensor([5, 40, 69], device=target[1])
+    out = linear_cross_entropy(x, weight, targets, backend="triton")
+    assert out.correct.tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("form", [WHOLE, PARTS], ids=str)
 @on_triton
 def test_autocast_converts_the_weight_in_parts(

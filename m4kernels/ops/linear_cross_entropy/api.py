@@ -55,12 +55,13 @@ def linear_cross_entropy(
         targets: int64, class of each token, or `ignore_index`.
         token_weight: floating, each token's factor in the loss; default 1 / number of valid tokens, the mean. It gets
             no gradient.
-        vocab_limit: int32 or int64, at most V: token t can only be of a class below vocab_limit[t]; default V.
+        vocab_limit: int32 or int64, at most V: token t can only be of a class below vocab_limit[t]; default V. It saves
+            matrix products on a CPU; on a GPU, where knowing the limits would mean waiting for them, it saves none.
         ignore_index: the target of tokens that do not count.
         max_workspace_bytes: bound on the extra memory, gradients (and the library's own workspace on a GPU) aside.
             On a GPU what does not hold 512 tokens' logits (64 in float32) costs a fourth matrix product beside three.
-        backend: "triton" (on a GPU; float32, bfloat16, float16; it captures into a CUDA graph), "cpp" (on a CPU) or
-            "reference"; default the fastest that can run.
+        backend: "triton" (on a GPU; float32, bfloat16, float16; after a first call, which compiles it, a CUDA graph can
+            capture it), "cpp" (on a CPU) or "reference"; default the fastest that can run.
 
     Returns:
         loss () in float32 (float64 for float64 inputs), differentiable in x and weight; nll (T,) in the same dtype and
