@@ -39,15 +39,15 @@ def assert_within_error_budget(
 
 def peak_extra_memory(function: Callable[[], Any], device: str = "cpu") -> int:
     """The most bytes of tensors that `function` holds at any time beyond those that live when it is called, its result
-    included: as torch's allocator for the device sees them, temporaries inside operators and all. On CUDA the function
-    runs twice, since libraries allocate a workspace of their own when first used."""
+    included: as torch's allocator for the device sees them, temporaries inside operators and all. On CUDA, where bytes
+    count as requested, not as rounded up, the function runs twice: libraries allocate a workspace when first used."""
     if device != "cpu":
         function()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
         function()
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = function()
     assert record.profiler is not None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# With this cuBLAS repeats its bits, and PyTorch admits it in deterministic mode; both read it when first used.
+# On a GPU, deterministic algorithms (below) want cuBLAS to have a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

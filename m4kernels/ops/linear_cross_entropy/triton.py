@@ -14,13 +14,13 @@ but how many there are is known to the device only); the kernels do not read the
 are independent, so tokens are neither sorted nor gathered, and d weight always adds up in the order of the tokens.
 """
 
-import contextlib
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from m4kernels._triton import launch_on
 from m4kernels.ops.linear_cross_entropy import triton_kernels as kernels
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments, reads_as_it_lies
 
@@ -116,13 +116,8 @@ def _weight_as_it_lies(call: LossArguments) -> bool:
 def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As reference.linear_cross_entropy, except that logits and their gradients are rounded to the operands' dtype."""
     call.check_values()
-    with on_device(call.x):
+    with launch_on(call.x):
         return _run(call)
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: makes it that of the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _run(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -255,7 +250,7 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """`values.mul_(factor)` for contiguous float32 values and a 0-dimensional factor on the same device, without
     touching the values where the factor is 1; nothing waits for the device to find that out."""
     block, warps = SCALE
-    with on_device(values):
+    with launch_on(values):
         grid = (-(-values.numel() // block),)
         kernels.scale_kernel[grid](values, factor, values.numel(), BLOCK=block, num_warps=warps)
     return values
@@ -296,12 +291,18 @@ def aot_cases() -> "list[AotCase]":
         add(f"whole rows {name}", kernels.whole_rows_kernel, launch, types, GRADIENT=True)
         add(f"sweep {name}", kernels.sweep_kernel, launch, types)
         add(f"gradient {name}", kernels.gradient_kernel, launch, types)
+    odd, widest = {"logits_p": "*bf16:16", "width": "i32", "classes": "i32", "first": "i32"}, launch_of(LAUNCHES[-1][0])
+    add("whole rows bf16, odd", kernels.whole_rows_kernel, widest, odd, GRADIENT=True)
+    add("sweep bf16, odd", kernels.sweep_kernel, widest, odd)
+    add("gradient bf16, odd", kernels.gradient_kernel, widest, odd)
     wide = vector_launch(VECTOR[0])
     for given, taken in (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")):
         types = {"x_p": f"*{given}:16", "out_p": f"*{taken}:16"}
         add(f"gather {given} to {taken}", kernels.gather_kernel, wide, types, column_step=1)
     for boost in (False, True):
         add(f"prepare boost {boost}", kernels.prepare_kernel, wide, {}, BOOST=boost)
+        plain_mean = {"BOOST": boost, "limits_p": None, "weights_p": None}
+        add(f"prepare mean boost {boost}", kernels.prepare_kernel, wide, {}, **plain_mean)
         add(f"finish rows boost {boost}", kernels.finish_rows_kernel, wide, {}, BOOST=boost)
     add("scale", kernels.scale_kernel, {"BLOCK": SCALE[0], "num_warps": SCALE[1]}, {})
     return cases
