@@ -110,8 +110,8 @@ def assert_close_to_whole_logits(arguments: Case, target: tuple[str, str], **opt
     if arguments.vocab_limit is not None:
         logits.masked_fill_(torch.arange(classes) >= arguments.vocab_limit[:, None], -torch.inf)
     best = logits.topk(min(2, classes), dim=1).values
-    # The CPU backends hold logits in float32, Triton rounds them to the dtype of x.
-    error = 1e-4 if target[0] != "triton" else 1e-4 + 2 * torch.finfo(dtype).eps * best[:, 0].abs()
+    # The CPU backends hold logits in float32; Triton rounds each to the dtype of x, by up to half its last place.
+    error = 1e-4 if target[0] != "triton" else 1e-4 + torch.finfo(dtype).eps * best[:, 0].abs()
     certain = (best[:, 0] - best[:, -1] > error) | (classes == 1)
-    assert certain.float().mean() > 0.8
+    assert certain.float().mean() > (0.6 if dtype == torch.bfloat16 else 0.8)
     assert torch.equal(actual[4][certain], truth[4][certain])
