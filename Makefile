@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 RUN_NAME ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types bench sanitize clean
+.PHONY: help setup demo test lint format types bench sanitize compile-gates clean
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make bench     set up, run the benchmarks and their guards"
 	@echo "make sanitize  run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make compile-gates  compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed); registers, spills, memory"
 	@echo "make format    format Python and C++"
 	@echo "make clean     remove build products (keeps .venv, data/ and runs/)"
 
@@ -52,6 +53,9 @@ sanitize: setup
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 		$(BIN)/pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -o timeout=1800 tests/ops -k "not compile and not opcheck and not report"
+
+compile-gates: setup
+	env -u TRITON_INTERPRET $(BIN)/python -m m4kernels.aot
 
 format: setup
 	$(BIN)/ruff check --fix .

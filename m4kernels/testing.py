@@ -37,9 +37,17 @@ def assert_within_error_budget(
     )
 
 
-def peak_extra_memory(function: Callable[[], Any]) -> int:
+def peak_extra_memory(function: Callable[[], Any], device: str = "cpu") -> int:
     """The most bytes of tensors that `function` holds at any time beyond those that live when it is called, its result
-    included: as torch's CPU allocator sees them, temporaries inside operators and all."""
+    included: as torch's allocator for the device sees them, temporaries inside operators and all. On CUDA, where bytes
+    count as requested, not as rounded up, the function runs twice: libraries allocate a workspace when first used."""
+    if device != "cpu":
+        function()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+        function()
+        return torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = function()
     assert record.profiler is not None

@@ -1,9 +1,13 @@
 """Fixtures for the tests of the ops."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# On a GPU, deterministic algorithms (below) want cuBLAS to have a workspace of its own.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

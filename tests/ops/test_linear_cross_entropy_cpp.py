@@ -8,7 +8,9 @@ import torch
 from m4kernels import _ext, linear_cross_entropy
 from m4kernels.ops.linear_cross_entropy import cpp
 from m4kernels.testing import assert_within_error_budget
-from tests.ops.test_linear_cross_entropy import Case, case, gradients, whole_logits
+from tests.ops.linear_cross_entropy_cases import Case, case, gradients, whole_logits
+
+CPP = ("cpp", "cpu")
 
 
 @pytest.mark.usefixtures("simd_level")
@@ -18,7 +20,7 @@ def test_every_level_at_every_row_length(classes: int) -> None:
     arguments = case(37, 12, classes, weighted=True, limits=limits, seed=classes)
     truth = gradients(whole_logits, arguments.to(torch.float64))
     plain = gradients(whole_logits, arguments)
-    actual = gradients(linear_cross_entropy, arguments, backend="cpp")
+    actual = gradients(linear_cross_entropy, arguments, CPP)
     for name, a, p, t in zip(("loss", "nll", "dx", "dweight"), actual, plain, truth, strict=False):
         assert_within_error_budget(a, p, t, what=name)
 
@@ -54,7 +56,7 @@ def test_same_bits_on_every_run(size: tuple[int, int, int], set_threads: Callabl
     by_threads = []
     for threads in (1, 2):
         set_threads(threads)
-        first, second = (gradients(linear_cross_entropy, arguments, backend="cpp") for _ in range(2))
+        first, second = (gradients(linear_cross_entropy, arguments, CPP) for _ in range(2))
         for name, a, b in zip(("loss", "nll", "dx", "dweight", "correct"), first, second, strict=True):
             assert torch.equal(a, b), name
         by_threads.append(first)
@@ -138,17 +140,17 @@ def test_classes_beyond_the_limit_are_not_multiplied(monkeypatch: pytest.MonkeyP
 def test_chunks_of_every_kind_agree() -> None:
     # All tokens valid and in order (no gathering) against the same tokens ignored in between and shuffled.
     x, weight, targets, _, _ = case(200, 16, 300, ignored=0)
-    straight = gradients(linear_cross_entropy, Case(x, weight, targets, None, None), backend="cpp")
+    straight = gradients(linear_cross_entropy, Case(x, weight, targets, None, None), CPP)
     spread = torch.full((400, 16), float("nan"))
     spread[::2] = x
     spread_targets = torch.full((400,), -100)
     spread_targets[::2] = targets
-    scattered = gradients(linear_cross_entropy, Case(spread, weight, spread_targets, None, None), backend="cpp")
+    scattered = gradients(linear_cross_entropy, Case(spread, weight, spread_targets, None, None), CPP)
     assert torch.equal(scattered[1][::2], straight[1])
     assert torch.equal(scattered[2][::2], straight[2])
     assert torch.equal(scattered[3], straight[3])
     # One token at a time.
     tiny = 400 * 48 + 300 * 4 + 6 * 16 * 4
-    one = gradients(linear_cross_entropy, Case(x, weight, targets, None, None), backend="cpp", max_workspace_bytes=tiny)
+    one = gradients(linear_cross_entropy, Case(x, weight, targets, None, None), CPP, max_workspace_bytes=tiny)
     for a, b in zip(one, straight, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from m4kernels._library import Op
-from m4kernels.dispatch import Dispatcher
+from m4kernels.dispatch import Dispatcher, unavailable
 from m4kernels.ops.linear_cross_entropy.arguments import OP, LossArguments
 
-dispatcher = Dispatcher(OP, ("cpp", "reference"))
+dispatcher = Dispatcher(OP, ("triton", "cpp", "reference"))
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -42,8 +42,10 @@ def linear_cross_entropy(
     from the forward pass on, and second derivatives raise a RuntimeError.
 
     Products are accumulated, and loss, nll and gradients are held, in float32 (float64 for float64 inputs); each
-    gradient is rounded once, to the dtype of its input. Under `torch.autocast` x and weight may differ in dtype: both
-    are rounded to the autocast dtype for the products, and a float32 weight receives its gradient in full float32.
+    gradient is rounded once, to the dtype of its input. The triton backend rounds the logits, and the gradients with
+    respect to them, to the dtype of the operands, as `x @ weight.T` and its backward pass do. Under `torch.autocast` x
+    and weight may differ in dtype: both are rounded to the autocast dtype for the products, and a float32 weight
+    receives its gradient in full float32.
     Runs give the same bits as long as the library's matrix product does: on a CPU, for a fixed number of threads.
     NaN or infinity in the x of a token, or in weight, makes the affected losses and gradients NaN.
 
@@ -53,10 +55,13 @@ def linear_cross_entropy(
         targets: int64, class of each token, or `ignore_index`.
         token_weight: floating, each token's factor in the loss; default 1 / number of valid tokens, the mean. It gets
             no gradient.
-        vocab_limit: int32 or int64, at most V: token t can only be of a class below vocab_limit[t]; default V.
+        vocab_limit: int32 or int64, at most V: token t can only be of a class below vocab_limit[t]; default V. It saves
+            matrix products on a CPU; on a GPU, where knowing the limits would mean waiting for them, it saves none.
         ignore_index: the target of tokens that do not count.
-        max_workspace_bytes: bound on the extra memory, gradients aside.
-        backend: "cpp" or "reference"; default the fastest that can run.
+        max_workspace_bytes: bound on the extra memory, gradients (and the library's own workspace on a GPU) aside.
+            On a GPU what does not hold 512 tokens' logits (64 in float32) costs a fourth matrix product beside three.
+        backend: "triton" (on a GPU; float32, bfloat16, float16; after a first call, which compiles it, a CUDA graph can
+            capture it), "cpp" (on a CPU) or "reference"; default the fastest that can run.
 
     Returns:
         loss () in float32 (float64 for float64 inputs), differentiable in x and weight; nll (T,) in the same dtype and
@@ -116,16 +121,23 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _scaled(saved: Tensor, factor: Tensor, is_one: bool) -> Tensor:
+def _scaled(saved: Tensor, factor: Tensor, is_one: bool, backend: str) -> Tensor:
     """saved * factor; `saved` itself where the backward pass runs once, since a gradient of the weight is large and
-    fresh memory costs more than the product. Tracers, which see other types, get the plain product."""
+    fresh memory costs more than the product. Tracers, which see other types, get the plain product.
+
+    A factor of 1 costs nothing: on a CPU it is looked at, on a GPU a kernel looks before it touches the gradient."""
     if type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
         return saved * factor
-    return saved if is_one else saved.mul_(factor)
+    if is_one:
+        return saved
+    in_triton = saved.is_cuda and saved.dtype == torch.float32 and backend in ("", "triton")
+    if in_triton and unavailable("triton", "cuda") is None:
+        return dispatcher.module("triton").scale_(saved, factor)
+    return saved.mul_(factor)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, weight, *_, x_grad, weight_grad, _ = inputs
+    x, weight, *_, x_grad, weight_grad, ctx.backend = inputs
     _, nll, correct, dx, dweight = output
     ctx.mark_non_differentiable(nll, correct, dx, dweight)
     ctx.set_materialize_grads(False)
@@ -146,7 +158,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         elif saved is None:
             raise RuntimeError(f"{OP}: {name} requires grad, but the op was called with {name}_grad=False")
         else:
-            gradient = _scaled(saved, grad_loss, is_one)
+            gradient = _scaled(saved, grad_loss, is_one, ctx.backend)
             gradients.append(gradient if dtype == gradient.dtype else gradient.to(dtype))
     return (*gradients, *[None] * 9)
 

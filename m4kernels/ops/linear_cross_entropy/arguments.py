@@ -125,14 +125,19 @@ class LossArguments:
         per_class = 0 if self._weight_as_it_lies else 2 * dim * self.result_dtype.itemsize
         room = self.max_workspace_bytes - fixed
         if room < per_row + per_class:
-            raise ValueError(
-                f"{OP}: max_workspace_bytes is {self.max_workspace_bytes}, but {self.x.shape[0]} tokens over {classes} "
-                f"classes of dimension {dim} need at least {fixed + per_row + per_class}"
-            )
+            raise self.too_little_workspace(fixed + per_row + per_class)
         if not per_class:
             return room, classes
         block = min(classes, max(1, min(room // 4, room - per_row) // per_class))
         return room - block * per_class, block
+
+    def too_little_workspace(self, need: int) -> ValueError:
+        """`max_workspace_bytes` does not hold the `need` bytes of one token and one class."""
+        classes, dim = self.weight.shape
+        return ValueError(
+            f"{OP}: max_workspace_bytes is {self.max_workspace_bytes}, but {self.x.shape[0]} tokens over {classes} "
+            f"classes of dimension {dim} need at least {need}"
+        )
 
     def weight_blocks(self, block: int, classes: int) -> Iterator[tuple[slice, Tensor]]:
         """The first `classes` rows of the weight, `block` at a time, as the matrix products want them."""
@@ -147,6 +152,10 @@ class LossArguments:
     def _weight_as_it_lies(self) -> bool:
         """Whether the matrix product reads the weight without a copy."""
         weight, dtype = self.weight, self.result_dtype
-        (rows, columns), (down, across) = weight.shape, weight.stride()
-        strides = (across == 1 and down >= columns) or (down == 1 and across >= rows)
-        return strides and weight.dtype == dtype and self.operand_dtype == dtype
+        return reads_as_it_lies(weight) and weight.dtype == dtype and self.operand_dtype == dtype
+
+
+def reads_as_it_lies(matrix: Tensor) -> bool:
+    """Whether the library's matrix product reads a matrix with these strides without a copy."""
+    (rows, columns), (down, across) = matrix.shape, matrix.stride()
+    return (across == 1 and down >= columns) or (down == 1 and across >= rows)
