@@ -96,6 +96,7 @@ class TrainConfig:
     output_dir: str = "runs"
     device: str = "auto"
     compile: bool = False
+    cuda_graphs: str = "auto"  # auto, on, off: capture the step on a GPU
     kernels: str = "auto"
 
     @property
@@ -169,6 +170,8 @@ def config_from_dict(tree: dict[str, Any]) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     if config.training_time is not None:
         config.training_time = format_duration(parse_duration(config.training_time))
+    # YAML 1.1 reads on and off as true and false.
+    config.cuda_graphs = {"True": "on", "False": "off"}.get(config.cuda_graphs, config.cuda_graphs)
     _check(config)
     return config
 
@@ -331,6 +334,7 @@ def _check(c: TrainConfig) -> None:
     require(attention is None or known, "model.attention", "null, or a section of encoder, decoder and cross")
 
     require(c.dtype in ("fp32", "bf16"), "dtype", "fp32 or bf16")
+    require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
     require(c.kernels in ("auto", "reference", "reference-matmul"), "kernels", "auto, reference or reference-matmul")
     devices = r"auto|cpu|cuda(:\d+)?"
     require(re.fullmatch(devices, c.device) is not None, "device", "auto, cpu, cuda or cuda:INDEX")
