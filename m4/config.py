@@ -8,13 +8,16 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from yaml import YAMLError
 
 from m4 import nano4m_config
+
+if TYPE_CHECKING:  # imported where files are parsed: training on a machine that lacks omegaconf needs only the classes
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 
 class ConfigError(ValueError):
@@ -122,6 +125,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
     Raises:
         ConfigError: naming the key, its value, and what is expected or the nearest known key.
     """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
@@ -157,6 +163,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
 
 def config_from_dict(tree: dict[str, Any]) -> TrainConfig:
     """A checked configuration from a nested dict of our own keys; see `load_config` for the errors."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     structured = OmegaConf.structured(TrainConfig)
     for key, value in _leaves(tree).items():
         expected = _schema().get(key)
@@ -183,7 +192,7 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def config_to_yaml(config: TrainConfig) -> str:
     """YAML text of all keys, resolved; loading it gives the same configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def parse_duration(value: Any) -> int:
@@ -207,6 +216,9 @@ def format_duration(seconds: float) -> str:
 
 
 def _parse_override(text: str) -> DictConfig:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     key, equals, _ = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
         raise ConfigError(f"{text}: expected an override of the form key=value, for example lr=0.001")
@@ -218,6 +230,8 @@ def _parse_override(text: str) -> DictConfig:
 
 def _plain(tree: DictConfig) -> dict[str, Any]:
     """Nested dicts and lists, with interpolations resolved."""
+    from omegaconf import OmegaConf
+
     plain: Any = OmegaConf.to_container(tree, resolve=True)
     return plain
 

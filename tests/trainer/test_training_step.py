@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import traceback
 
 import numpy as np
@@ -22,6 +24,7 @@ from m4.plan import Plan
 from m4.step import CudaGraphs, Execution, TrainStep
 from m4.stream import SampleStream
 from m4.train import train
+from tests.trainer.conftest import environment
 
 CPU = torch.device("cpu")
 AS_ON_A_GPU = Execution(asynchronous=True, graphs=False)
@@ -75,10 +78,8 @@ class ForbidReading(TorchDispatchMode):
 
 
 @pytest.fixture
-def config(tiny_config):
-    config = load_config(tiny_config)[0]
-    config.vocab_sizes = [64, 60, 64, 60]
-    return config
+def config(tiny_train_config):
+    return dataclasses.replace(tiny_train_config, vocab_sizes=[64, 60, 64, 60])
 
 
 class Setup:
@@ -312,6 +313,25 @@ def test_a_loss_that_is_not_finite_is_dated_right_when_read_late(config, monkeyp
     assert f"step {summary['steps'] + 1}:" in str(caught.value)
     assert summary["samples"] == 8 * summary["steps"]
     assert summary["steps"] < 4
+
+
+def test_the_two_tiny_configurations_are_one(tiny_train_config, tiny_config):
+    same = dataclasses.replace(load_config(tiny_config)[0], data=tiny_train_config.data)
+    assert same == tiny_train_config
+
+
+def test_training_needs_no_omegaconf(tiny_train_config):
+    """Nor does resuming: on a machine with a GPU it may be missing."""
+    program = (
+        "import sys; sys.modules['omegaconf'] = None\n"
+        "from m4.config import DataSection, LogSection, ModelSection, TrainConfig\n"
+        "from m4.train import train\n"
+        f"config = {tiny_train_config!r}\n"
+        "for config.stop_after_steps in (1, 2):\n    assert train(config, 'command') == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert newest_whole(tiny_train_config.run_dir)[1]["step"] == 2
 
 
 def test_cuda_graphs_key(config, tiny_config):
