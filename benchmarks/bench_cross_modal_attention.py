@@ -140,19 +140,11 @@ SUITE = Suite(
         "encoder, batch 96": Case(
             lambda: layer("encoder", 96, backward=True), work, without=FORWARD_ONLY, full=True, gpu=True
         ),
-        "decoder, batch 96": Case(
-            lambda: layer("decoder", 96, backward=True), work, without=FORWARD_ONLY, full=True, gpu=True
-        ),
-        "cross, batch 96": Case(
-            lambda: layer("cross", 96, backward=True), work, without=FORWARD_ONLY, full=True, gpu=True
-        ),
-        "encoder, forward, batch 96": Case(lambda: layer("encoder", 96, backward=False), work, full=True, gpu=True),
+        "decoder, batch 96": Case(lambda: layer("decoder", 96, backward=True), work, gpu=True, cpu=False),
+        "cross, batch 96": Case(lambda: layer("cross", 96, backward=True), work, gpu=True, cpu=False),
+        "encoder, forward, batch 96": Case(lambda: layer("encoder", 96, backward=False), work, gpu=True, cpu=False),
         "within modality, batch 96": Case(
-            lambda: layer("encoder", 96, backward=True, within_modality=True),
-            work,
-            without=FORWARD_ONLY,
-            full=True,
-            gpu=True,
+            lambda: layer("encoder", 96, backward=True, within_modality=True), work, gpu=True, cpu=False
         ),
     },
     {name: ours(name) for name in BACKENDS}

@@ -111,8 +111,8 @@ SUITE = Suite(
             lambda: tokens(9120, 640, 65536, limits=(65536, 8192)),
             work,
             without=("whole logits padded", *WITHOUT_LIMITS),
-            full=True,
             gpu=True,
+            cpu=False,
         ),
         "M4 batch 96 (9,120 tokens)": Case(
             lambda: tokens(9120, 640, 65536), work, without=("whole logits padded",), full=True, gpu=True

@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     values: list[Any] = []
     choices: list[tuple[Any, str]]
     for name, case in suite.cases.items():
-        if ON_GPU and not case.gpu:
+        if not (case.gpu if ON_GPU else case.cpu):
             continue
         if second == "provider":
             choices = [(p, p) for p in suite.providers if p not in case.without]
