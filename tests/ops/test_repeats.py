@@ -1,5 +1,6 @@
-"""Ten runs, the same bits; and on a GPU the masks of the CPU over 100,000 samples. At the shapes of M4's batch of 96."""
+"""Ten runs, the same bits; on a GPU at the shapes of M4's batch of 96, and 100,000 samples get the masks of the CPU."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -29,8 +30,6 @@ def on_cuda(*backends: str) -> list:
 
 def require(op: str, backend: str, device: str) -> None:
     """Skip, saying why, where the backend is not built; a backend that the op lacks altogether is skipped too."""
-    import importlib
-
     if backend not in importlib.import_module(f"m4kernels.ops.{op}.api").dispatcher.backends:
         pytest.skip(f"{op} has no backend {backend}")
     reason = unavailable(backend, device)
