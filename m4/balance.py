@@ -13,6 +13,7 @@ import math
 import numpy as np
 import torch
 
+from m4.batches import host_backend
 from m4kernels import MaskingSpec, mask_tokens
 
 # Tokens of GEMM tiles: capacities are multiples, so that no product has a ragged last tile.
@@ -42,6 +43,7 @@ def drawn_counts(
         seed=seed,
         sample_ids=ids,
         lengths=None if lengths is None else torch.from_numpy(np.array(lengths, dtype=np.int64)),
+        backend=host_backend(),
     )
     inputs, targets = (half.segments.counts.numpy().astype(np.int64) for half in (batch.encoder, batch.decoder))
     return inputs, targets

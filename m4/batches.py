@@ -11,10 +11,16 @@ from torch import Tensor
 
 from m4.data.store import TokenStore
 from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
+from m4kernels.dispatch import unavailable
 
 log = logging.getLogger(__name__)
 
 _RESIDENT_SHARE = 0.2  # of a GPU's free memory that the token store may take
+
+
+def host_backend() -> str:
+    """The backend that masks on the host whatever ``M4KERNELS_BACKEND`` names for the device."""
+    return "reference" if unavailable("cpp", "cpu") else "cpp"
 
 
 def mask_rows(
@@ -25,12 +31,13 @@ def mask_rows(
     *,
     seed: int,
     device: torch.device,
+    backend: str | None = None,
 ) -> MaskedBatch:
     """Read rows (int64 (B,)) and draw the mask of each from (seed, sample id); sample_ids int64 (B,)."""
     tokens = store.batch(rows).to(device)
     lengths = None if store.lengths is None else torch.from_numpy(np.asarray(store.lengths[rows])).to(device)
     ids = torch.from_numpy(np.ascontiguousarray(sample_ids)).to(device)
-    return mask_tokens(tokens, spec, seed=seed, sample_ids=ids, lengths=lengths)
+    return mask_tokens(tokens, spec, seed=seed, sample_ids=ids, lengths=lengths, backend=backend)
 
 
 def fixed_batches(

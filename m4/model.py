@@ -130,7 +130,7 @@ def sum_by_modality(values: Tensor, modalities: Tensor, count: int) -> Tensor:
     F.one_hot, which asks a CPU for values.
     """
     chosen = modalities.unsqueeze(1) == torch.arange(count, device=modalities.device)
-    return torch.where(chosen, values.float().unsqueeze(1), 0.0).sum(0)
+    return values.float().unsqueeze(1).masked_fill(~chosen, 0.0).sum(0)
 
 
 def norm(dim: int) -> nn.LayerNorm:

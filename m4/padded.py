@@ -53,7 +53,7 @@ def padded_losses(model: "M4", batch: MaskedBatch, target_counts: Tensor | None)
     of_modality &= dec_mask.flatten().unsqueeze(-1)
     counts = of_modality.sum(0)
     denominators = (counts if target_counts is None else target_counts).clamp(min=1).float()
-    per_modality = torch.where(of_modality, nll.unsqueeze(-1), 0.0).sum(0) / denominators
+    per_modality = nll.unsqueeze(-1).masked_fill(~of_modality, 0.0).sum(0) / denominators
     return per_modality.mean(), per_modality.detach(), counts
 
 

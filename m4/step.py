@@ -215,7 +215,7 @@ class TrainStep:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip_grad or math.inf)
         finite = torch.isfinite(self._losses).all() & torch.isfinite(norm)
         self._norm.copy_(torch.where(self._bad > 0, self._norm, norm))
-        self._bad.copy_(torch.where(finite, self._bad, 1.0))
+        self._bad.copy_(torch.maximum(self._bad, (~finite).float()))
         self._updates.add_(1.0 - self._bad)
         self._optimizer.step()
 
