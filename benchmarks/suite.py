@@ -4,6 +4,7 @@ A bench file sets `SUITE` and imports `test_time` and `test_guard`; conftest.py 
 """
 
 import functools
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,8 @@ class Suite:
         long: providers only with `-m full`.
         guards: (kernel, baseline): pairs of providers whose speed-up has a floor.
         dtype: of the floating inputs on a GPU.
-        clock: time by the clock on a GPU, too, so that the host's part counts.
+        clock: on a GPU, too, time by the clock, so that the host's part counts; memory is then all that was reserved,
+            model and optimiser included.
     """
 
     op: str
@@ -65,6 +67,9 @@ class Suite:
     clock: bool = False
 
     def run(self, case: str, provider: str) -> Run:
+        if ON_GPU:  # what earlier runs held, graphs and models, is this one's
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             return self.providers[provider](_inputs(self.cases[case], self.dtype))
         except Unavailable as reason:
@@ -80,13 +85,10 @@ def _inputs(case: Case, dtype: torch.dtype | None) -> Any:
 
 def test_time(suite: Suite, case: str, provider: str, session: Session, request: pytest.FixtureRequest) -> None:
     """Time, rate, share of the floor and peak extra memory of one provider."""
-    run = suite.run(case, provider)
-    work_of = suite.cases[case].work
     if ON_GPU:
-        seconds, rounds = gpu_median(run, seconds=SECONDS, clock=suite.clock)
-        work = work_of(_inputs(suite.cases[case], suite.dtype))
-        session.records.append(Record.of(suite.op, case, provider, seconds, rounds, work, gpu_peak_memory(run)))
+        _time_on_gpu(suite, case, provider, session)
         return
+    run = suite.run(case, provider)
     benchmark = request.getfixturevalue("benchmark")
     once, repeat = warm_up(run)
     rounds = min(200, max(2, int(SECONDS / (once * repeat))))
@@ -94,10 +96,23 @@ def test_time(suite: Suite, case: str, provider: str, session: Session, request:
     benchmark.pedantic(run, rounds=rounds, iterations=repeat, warmup_rounds=0)
     if benchmark.stats is None:  # --benchmark-disable
         return
-    work = work_of(_inputs(suite.cases[case], suite.dtype))
+    work = suite.cases[case].work(_inputs(suite.cases[case], suite.dtype))
     record = Record.of(suite.op, case, provider, benchmark.stats.stats.median, rounds, work, peak_extra_memory(run))
     benchmark.extra_info.update(rate=record.rate, share_of_floor=record.share_of_floor, work=work.formula)
     session.records.append(record)
+
+
+def _time_on_gpu(suite: Suite, case: str, provider: str, session: Session) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    run = suite.run(case, provider)
+    seconds, rounds = gpu_median(run, seconds=SECONDS, clock=suite.clock)
+    # A graph's tensors are reserved for it and never allocated again, so of a whole step that is what counts.
+    peak = torch.cuda.max_memory_reserved() - before if suite.clock else gpu_peak_memory(run)
+    work = suite.cases[case].work(_inputs(suite.cases[case], suite.dtype))
+    session.records.append(Record.of(suite.op, case, provider, seconds, rounds, work, peak))
 
 
 def test_guard(
@@ -108,4 +123,6 @@ def test_guard(
     update = request.config.getoption("--update-floors")
     name = f"{suite.op}/{case}/{kernel} over {baseline}"
     runs = suite.run(case, kernel), suite.run(case, baseline)
-    session.speedups[name] = guard.check(name, *runs, update=update, clock=suite.clock or not ON_GPU)
+    session.speedups[name] = guard.check(
+        name, *runs, update=update, clock=suite.clock or not ON_GPU, seconds=0.3 if ON_GPU else 1.0
+    )
