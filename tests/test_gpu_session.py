@@ -6,15 +6,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import device, gpu, gpu_step, guard
 from benchmarks.gpu import Stage, run_session, stages_of
-from benchmarks.peers import installed
+from benchmarks.peers import installed, sdpa
 from m4.config import ModelSection
-from m4kernels import Segments
+from m4kernels import Segments, cross_modal_attention
 from tests.trainer.test_training_step import PlainRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +162,23 @@ def test_absent_peers_are_skipped_and_broken_ones_are_not(tmp_path: Path, monkey
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     with pytest.raises(device.Unavailable, match=r"2\.13"):
         installed.torch_linear_cross_entropy(*[torch.zeros(1, 1)] * 3)
+
+
+def test_varlen_attention_gets_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call, with the kernel stood in for; arguments by position, whose names differ between versions."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    q_segments = Segments.from_counts(torch.tensor([[1, 2], [3, 0]]))
+    k_segments = Segments.from_counts(torch.tensor([[2, 2], [1, 4]]))
+    q, k, v = (torch.randn(n, 2, 8) for n in (6, 9, 9))
+
+    def stand_in(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
+        assert (max_q, max_k) == (3, 5)
+        ends = cu_q.tolist(), cu_k.tolist()
+        return sdpa.by_sample(q, k, v, *ends, [None] * 2)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    out = installed.varlen_attention(q, k, v, q_segments, k_segments)
+    torch.testing.assert_close(out, cross_modal_attention(q, k, v, q_segments, k_segments))
 
 
 def test_a_gpu_without_floors_reports_and_one_with_floors_guards(
