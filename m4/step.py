@@ -43,6 +43,13 @@ class Execution:
         on_gpu = device.type == "cuda"
         if config.cuda_graphs == "on" and not on_gpu:
             raise ConfigError(f"cuda_graphs: on needs a GPU, the device is {device}; use cuda_graphs=auto")
+        if on_gpu and config.dtype == "bf16":
+            major, minor = torch.cuda.get_device_capability(device)
+            if major < 8:
+                raise ConfigError(
+                    f"dtype: bf16 needs a GPU of compute capability 8.0 or more, {device} has {major}.{minor}; "
+                    "use dtype=fp32"
+                )
         wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and config.kernels == "auto")
         return cls(asynchronous=on_gpu, graphs=on_gpu and wanted)
 

@@ -8,8 +8,6 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may vary from run to run, as PyTorch warns
-
 # Without a GPU, Triton kernels are tested through Triton's interpreter. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

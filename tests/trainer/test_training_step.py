@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import traceback
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from m4.train import train
 from tests.trainer.conftest import environment
 
 CPU = torch.device("cpu")
+OPS = ("mask_tokens", "cross_modal_attention", "linear_cross_entropy")
 AS_ON_A_GPU = Execution(asynchronous=True, graphs=False)
 needs_cuda = [
     pytest.mark.cuda,
@@ -230,6 +233,26 @@ def test_nothing_reads_values_between_log_points(config, recorded, kernels):
         setup.model.pos_emb.sum().item()
 
 
+def test_step_through_triton(config, monkeypatch):
+    """Masking, both attentions, loss and their gradients on batches with tails, by the kernels of a GPU."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton is not interpreted here: with a GPU it runs in the tests marked cuda")
+    lacking = [op for op in OPS if "triton" not in import_module(f"m4kernels.ops.{op}.api").dispatcher.backends]
+    if lacking:
+        pytest.skip(f"no backend triton yet: {', '.join(lacking)}")
+    config.batch_size, config.global_batch_size = 2, 4
+    figures, weights = [], []
+    for backend in ("", "triton"):
+        monkeypatch.setenv("M4KERNELS_BACKEND", backend)
+        setup = Setup(config)
+        figures += setup.run(1)
+        weights.append(setup.weights())
+    assert figures[1].losses == pytest.approx(figures[0].losses, rel=1e-5)
+    assert figures[1].norm == pytest.approx(figures[0].norm, rel=1e-4)
+    assert_same(*weights, rtol=2e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_after_a_step_that_is_not_finite_nothing_changes(config, recorded):
     setup = Setup(config)
@@ -332,6 +355,13 @@ def test_training_needs_no_omegaconf(tiny_train_config):
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert newest_whole(tiny_train_config.run_dir)[1]["step"] == 2
+
+
+def test_a_gpu_without_bfloat16_is_told(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    with pytest.raises(ConfigError, match=r"dtype: bf16 needs .* 8\.0 or more, cuda has 7\.0; use dtype=fp32"):
+        Execution.of(dataclasses.replace(config, dtype="bf16"), torch.device("cuda"))
+    assert Execution.of(config, torch.device("cuda")).asynchronous
 
 
 def test_cuda_graphs_key(config, tiny_config):
