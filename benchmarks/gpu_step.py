@@ -79,7 +79,7 @@ def stepper(
     feed = Feed(inputs.store, stream, masking_spec(config), config, plan, device, fixed_shapes=True)
     forward = torch.compile(model, dynamic=False) if compiled else model
     execution = Execution(asynchronous=True, graphs=recorder is not None)
-    step = TrainStep(model, forward, optimizer, config, device, execution)
+    step = TrainStep(model, forward, optimizer, config, device, execution, feed.capacity)
     if recorder is not None:
         step.record(feed.example(0), recorder, plan.accumulation)
     position = 0

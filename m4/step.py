@@ -107,6 +107,8 @@ class TrainStep:
         config: the run.
         device: where the model is.
         execution: how steps run.
+        capacity: (inputs, targets) of the usual micro-batch, if there is one. A larger one runs uncompiled: compiling
+            takes longer than the few steps that need it.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class TrainStep:
         config: TrainConfig,
         device: torch.device,
         execution: Execution,
+        capacity: tuple[int, int] | None = None,
     ) -> None:
+        self._capacity = capacity
         self._model, self._forward, self._optimizer = model, forward, optimizer
         self._config, self._device, self._execution = config, device, execution
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -212,8 +216,10 @@ class TrainStep:
         self._forward_backward(self._batch, first=False)
 
     def _forward_backward(self, batch: MaskedBatch, *, first: bool) -> None:
+        usual = self._capacity in (None, (len(batch.encoder.ids), len(batch.decoder.ids)))
+        forward = self._forward if usual else self._model
         with autocast(self._config, self._device):
-            result = self._forward(batch, target_counts=self._counts)
+            result = forward(batch, target_counts=self._counts)
         result.total.backward()
         losses = result.per_modality.detach() if first else self._losses + result.per_modality.detach()
         self._losses.copy_(torch.where(self._bad > 0, self._losses, losses))

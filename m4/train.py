@@ -135,7 +135,7 @@ def train(config: TrainConfig, command: str) -> int:
             _announce_estimate(smoke, config, plan, device)
             feed = Feed(store, stream, spec, config, plan, device, fixed_shapes=execution.asynchronous)
             forward = torch.compile(model, dynamic=not execution.asynchronous) if config.compile else model
-            step = TrainStep(model, forward, optimizer, config, device, execution)
+            step = TrainStep(model, forward, optimizer, config, device, execution, feed.capacity)
             if feed.capacity:
                 log.info("micro-batches of %d input and %d target tokens", *feed.capacity)
             if execution.graphs:
