@@ -19,7 +19,7 @@ from m4kernels import MaskingSpec, mask_tokens
 # Tokens of GEMM tiles: capacities are multiples, so that no product has a ragged last tile.
 GRANULE = 128
 # Of the step's total. At three, one step in 370 (about 70 of the M4 recipe's 24,415) has more inputs or more targets
-# and runs at a larger capacity of its own; at four, one in 16,000, for 1.5 % more tokens in every step.
+# and runs at a larger capacity of its own; at four, one in 16,000, for 2 % more tokens in every step.
 SPREADS = 3.0
 _DRAWS = 16384  # the mean of so many draws is within 0.4 tokens of the truth
 
