@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 RUN_NAME ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types bench sanitize compile-gates clean
+.PHONY: help setup demo test lint format types bench gpu gpu-dry-run sanitize compile-gates clean
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make bench     set up, run the benchmarks and their guards"
+	@echo "make gpu       on a machine with a GPU, without network: build, CUDA tests, benchmarks, results (10 minutes)"
+	@echo "make gpu-dry-run  rehearse that on the CPU"
 	@echo "make sanitize  run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compile-gates  compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed); registers, spills, memory"
 	@echo "make format    format Python and C++"
@@ -44,6 +46,13 @@ types: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/
+
+# With the system's Python: a machine with a GPU has torch, triton, pybind11 and ninja, and perhaps no network.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+gpu-dry-run: setup
+	$(BIN)/python -m benchmarks.gpu --dry-run
 
 # The extension instrumented by AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the normal one.
 SANITIZED := build/sanitized

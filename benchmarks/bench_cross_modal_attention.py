@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.device import ON_GPU, Unavailable, backends
 from benchmarks.measure import Run, Work
-from benchmarks.peers import flex, sdpa
+from benchmarks.peers import flex, installed, sdpa
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4kernels import Segments, cross_modal_attention
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS, m4_counts
@@ -47,8 +48,8 @@ def layer(kind: str, batch: int, *, backward: bool, within_modality: bool = Fals
 
 
 def work(inputs: Layer) -> Work:
-    q_counts, k_counts = inputs.q_segments.counts.double(), inputs.k_segments.counts.double()
-    allow = torch.ones(4, 4) if inputs.allow is None else inputs.allow
+    q_counts, k_counts = inputs.q_segments.counts.double().cpu(), inputs.k_segments.counts.double().cpu()
+    allow = torch.ones(4, 4) if inputs.allow is None else inputs.allow.cpu()
     pairs = float(torch.einsum("bi,bj,ij->", q_counts, k_counts, allow.double()))
     products = 7 if inputs.backward else 2
     return Work(
@@ -107,10 +108,21 @@ def by_sample(inputs: Layer) -> Run:
 
 def flex_attention(inputs: Layer) -> Run:
     mask = flex.block_mask(inputs.q_segments, inputs.k_segments, inputs.allow)
-    return lambda: flex.forward(inputs.q, inputs.k, inputs.v, mask)
+    return trained(inputs, (inputs.q, inputs.k, inputs.v), lambda q, k, v: flex.forward(q, k, v, mask))
 
 
-FORWARD_ONLY = ("FlexAttention",)
+def varlen(inputs: Layer) -> Run:
+    q, k, v, q_segments, k_segments, allow, _ = inputs
+    if allow is not None:
+        raise Unavailable("varlen_attn knows no modalities")
+    run = trained(inputs, (q, k, v), lambda q, k, v: installed.varlen_attention(q, k, v, q_segments, k_segments))
+    run()  # one that is absent says so here
+    return run
+
+
+FORWARD_ONLY = () if ON_GPU else ("FlexAttention",)
+BACKENDS = backends("cross_modal_attention")
+BASELINES = ("reference", "SDPA padded", *(("varlen_attn",) if ON_GPU else ("SDPA by sample",)))
 
 SUITE = Suite(
     "cross_modal_attention",
@@ -125,15 +137,24 @@ SUITE = Suite(
         ),
         "small: 1 sample": Case(lambda: layer("encoder", 1, backward=True), work, without=FORWARD_ONLY),
         "decoder": Case(lambda: layer("decoder", 8, backward=True), work, without=FORWARD_ONLY, full=True),
-        "encoder, batch 96": Case(lambda: layer("encoder", 96, backward=True), work, without=FORWARD_ONLY, full=True),
+        "encoder, batch 96": Case(
+            lambda: layer("encoder", 96, backward=True), work, without=FORWARD_ONLY, full=True, gpu=True
+        ),
+        "decoder, batch 96": Case(lambda: layer("decoder", 96, backward=True), work, gpu=True, cpu=False),
+        "cross, batch 96": Case(lambda: layer("cross", 96, backward=True), work, gpu=True, cpu=False),
+        "encoder, forward, batch 96": Case(lambda: layer("encoder", 96, backward=False), work, gpu=True, cpu=False),
+        "within modality, batch 96": Case(
+            lambda: layer("encoder", 96, backward=True, within_modality=True), work, gpu=True, cpu=False
+        ),
     },
-    {
-        "cpp": ours("cpp"),
-        "reference": ours("reference"),
+    {name: ours(name) for name in BACKENDS}
+    | {
         "SDPA padded": padded,
         "SDPA by sample": by_sample,
         "FlexAttention": flex_attention,
-    },
-    guards=(("cpp", "reference"), ("cpp", "SDPA padded"), ("cpp", "SDPA by sample")),
-    long=FORWARD_ONLY,  # compiles for half a minute
+    }
+    | ({"varlen_attn": varlen} if ON_GPU else {}),
+    guards=tuple((name, baseline) for name in BACKENDS[:-1] for baseline in BASELINES),
+    dtype=torch.bfloat16,
+    long=("FlexAttention",),  # compiles for half a minute
 )

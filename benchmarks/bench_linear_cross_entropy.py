@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.device import ON_GPU, backends
 from benchmarks.measure import Run, Work
-from benchmarks.peers import whole_logits
+from benchmarks.peers import installed, whole_logits
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4kernels import linear_cross_entropy
 
@@ -65,10 +65,10 @@ def ours(backend: str) -> Callable[[Tokens], Run]:
 
 def padded(inputs: Tokens) -> Run:
     slots = round(inputs.x.shape[0] / PADDED_SHARE)
-    x = torch.randn(slots, inputs.x.shape[1])
+    x = inputs.x.new_empty(slots, inputs.x.shape[1]).normal_()
     x[: inputs.x.shape[0]] = inputs.x.detach()
     x.requires_grad_()
-    targets = torch.full((slots,), -100)
+    targets = inputs.targets.new_full((slots,), -100)
     targets[: inputs.x.shape[0]] = inputs.targets
 
     def run() -> None:
@@ -78,18 +78,44 @@ def padded(inputs: Tokens) -> Run:
     return run
 
 
+def peer(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tokens], Run]:
+    def prepare(inputs: Tokens) -> Run:
+        run = trained(inputs, lambda: loss(inputs.x, inputs.weight, inputs.targets))
+        if ON_GPU:
+            run()  # one that is absent says so here
+        return run
+
+    return prepare
+
+
+BACKENDS = backends("linear_cross_entropy")
+BASELINES = ("reference", "whole logits packed", "whole logits padded") + (("whole logits compiled",) if ON_GPU else ())
+GPU_PEERS = {
+    "whole logits compiled": lambda *inputs: whole_logits.compiled()(*inputs),
+    "Liger": installed.liger,
+    "CCE": installed.cce,
+}
+WITHOUT_LIMITS = ("F.linear_cross_entropy", *GPU_PEERS)
+
 SUITE = Suite(
     "linear_cross_entropy",
     {
-        "M4, 384 tokens": Case(lambda: tokens(384, 640, 65536), work),
+        "M4, 384 tokens": Case(lambda: tokens(384, 640, 65536), work, gpu=True),
         "small (256 x 128 x 1,000)": Case(lambda: tokens(256, 128, 1000), work, without=("whole logits padded",)),
         "sparse (limits, ignored)": Case(
             lambda: tokens(384, 640, 65536, ignored=0.4, limits=(65536, 8192)),
             work,
-            without=("whole logits padded", "F.linear_cross_entropy"),
+            without=("whole logits padded", *WITHOUT_LIMITS),
+        ),
+        "limits (9,120, 65,536 and 8,192 classes)": Case(
+            lambda: tokens(9120, 640, 65536, limits=(65536, 8192)),
+            work,
+            without=("whole logits padded", *WITHOUT_LIMITS),
+            gpu=True,
+            cpu=False,
         ),
         "M4 batch 96 (9,120 tokens)": Case(
-            lambda: tokens(9120, 640, 65536), work, without=("whole logits padded",), full=True
+            lambda: tokens(9120, 640, 65536), work, without=("whole logits padded",), full=True, gpu=True
         ),
         "tiny (32 x 16 x 100)": Case(lambda: tokens(32, 16, 100), work, without=("whole logits padded",), full=True),
         "32 tokens": Case(lambda: tokens(32, 640, 65536), work, full=True),
@@ -97,12 +123,13 @@ SUITE = Suite(
             lambda: tokens(9120, 640, 64), work, without=("whole logits padded",), full=True
         ),
     },
-    {
-        "cpp": ours("cpp"),
-        "reference": ours("reference"),
+    {name: ours(name) for name in BACKENDS}
+    | {
         "whole logits packed": lambda i: trained(i, lambda: whole_logits.packed(*i)),
         "whole logits padded": padded,
-        "F.linear_cross_entropy": lambda i: trained(i, lambda: F.linear_cross_entropy(i.x, i.weight, i.targets)),
-    },
-    guards=(("cpp", "reference"), ("cpp", "whole logits packed"), ("cpp", "whole logits padded")),
+        "F.linear_cross_entropy": peer(installed.torch_linear_cross_entropy),
+    }
+    | ({name: peer(loss) for name, loss in GPU_PEERS.items()} if ON_GPU else {}),
+    guards=tuple((name, baseline) for name in BACKENDS[:-1] for baseline in BASELINES),
+    dtype=torch.bfloat16,
 )

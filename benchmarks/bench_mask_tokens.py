@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.device import ON_GPU, backends
 from benchmarks.measure import Run, Work
 from benchmarks.peers.mask_nano4m import MaskNano4M
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
-from m4kernels import MaskingSpec, mask_tokens
+from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
 
 M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
 # A tenth of the tokens in use: what is not chosen should cost little.
@@ -30,7 +31,16 @@ def samples(batch: int, spec: MaskingSpec) -> Samples:
 
 
 def packed(inputs: Samples, backend: str) -> Run:
-    return lambda: mask_tokens(inputs.tokens, inputs.spec, seed=1, sample_ids=inputs.sample_ids, backend=backend)
+    def run(capacity: tuple[int, int] | None = None) -> MaskedBatch:
+        return mask_tokens(
+            inputs.tokens, inputs.spec, seed=1, sample_ids=inputs.sample_ids, capacity=capacity, backend=backend
+        )
+
+    if not ON_GPU:
+        return run
+    batch = run()  # a GPU would be waited for without a capacity
+    capacity = len(batch.encoder.ids), len(batch.decoder.ids)
+    return lambda: run(capacity)
 
 
 def work(inputs: Samples) -> Work:
@@ -54,15 +64,17 @@ def rule(inputs: Samples) -> Run:
     return lambda: mask(tokens)
 
 
+BACKENDS = backends("mask_tokens")
+BASELINES = ("reference",) if ON_GPU else ("reference", RULE)  # nano4M masks in the data loader, on the CPU
 SUITE = Suite(
     "mask_tokens",
     {
-        "M4 batch 96": Case(lambda: samples(96, M4), work),
+        "M4 batch 96": Case(lambda: samples(96, M4), work, gpu=True),
         "sparse, batch 96": Case(lambda: samples(96, SPARSE), work),
         "1 sample": Case(lambda: samples(1, M4), work),
-        "4,096 samples": Case(lambda: samples(4096, M4), work, without=(RULE,)),
-        "100,000 samples": Case(lambda: samples(100_000, M4), work, without=(RULE, "reference"), full=True),
+        "4,096 samples": Case(lambda: samples(4096, M4), work, without=(RULE,), gpu=True),
+        "100,000 samples": Case(lambda: samples(100_000, M4), work, without=(RULE, "reference"), full=True, gpu=True),
     },
-    {"cpp": provider("cpp"), "reference": provider("reference"), RULE: rule},
-    guards=(("cpp", "reference"), ("cpp", RULE)),
+    {name: provider(name) for name in BACKENDS} | ({} if ON_GPU else {RULE: rule}),
+    guards=tuple((name, baseline) for name in BACKENDS[:-1] for baseline in BASELINES),
 )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.device import backends
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4kernels import quantize_coords
@@ -43,14 +44,15 @@ def provider(backend: str) -> Callable[[Joints], Run]:
     return prepare
 
 
+BACKENDS = backends("quantize_coords")
 SUITE = Suite(
     "quantize_coords",
     {
-        "M4 batch 96": Case(lambda: joints(96), work),
+        "M4 batch 96": Case(lambda: joints(96), work, gpu=True),
         "1 sample": Case(lambda: joints(1), work),
-        "100,000 samples": Case(lambda: joints(100_000), work),
-        "1,000,000 samples": Case(lambda: joints(1_000_000), work, full=True),
+        "100,000 samples": Case(lambda: joints(100_000), work, gpu=True),
+        "1,000,000 samples": Case(lambda: joints(1_000_000), work, full=True, gpu=True),
     },
-    {name: provider(name) for name in ("cpp", "reference")},
-    guards=(("cpp", "reference"),),
+    {name: provider(name) for name in BACKENDS},
+    guards=tuple((name, "reference") for name in BACKENDS[:-1]),
 )

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks import gpu_step
+from benchmarks.device import ON_GPU
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4.model import M4, ModelConfig
@@ -64,7 +66,7 @@ def work(batch: MaskedBatch) -> Work:
     return Work(amount, "FLOP", "FLOP = 6 x (packed tokens x weights that multiply them)")
 
 
-SUITE = Suite(
+CPU_SUITE = Suite(
     "training_step",
     {
         "M4, 2 samples": Case(lambda: masked_batch(2), work, full=True),
@@ -74,3 +76,5 @@ SUITE = Suite(
     {"auto": step("auto"), "reference": step("reference"), "reference-matmul": step("reference-matmul")},
     guards=(("auto", "reference"), ("auto", "reference-matmul")),
 )
+
+SUITE = gpu_step.suite() if ON_GPU else CPU_SUITE

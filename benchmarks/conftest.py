@@ -1,10 +1,13 @@
 """Options, parametrisation and the final table of `pytest benchmarks/`."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.results import Session
+from benchmarks.device import ON_GPU
+from benchmarks.guard import FLOORS
+from benchmarks.results import RESULTS, Session
 
 _SESSION = pytest.StashKey[Session]()
 
@@ -13,6 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("m4 benchmarks")
     group.addoption(
         "--save-results", action="store_true", help="write what was measured to benchmarks/results/<machine>/"
+    )
+    group.addoption(
+        "--results-dir", type=Path, default=RESULTS, help="where --save-results writes; default %(default)s"
     )
     group.addoption("--update-floors", action="store_true", help="set the floors of the guards from what is measured")
 
@@ -29,12 +35,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     values: list[Any] = []
     choices: list[tuple[Any, str]]
     for name, case in suite.cases.items():
+        if not (case.gpu if ON_GPU else case.cpu):
+            continue
         if second == "provider":
             choices = [(p, p) for p in suite.providers if p not in case.without]
         else:
             choices = [(pair, " over ".join(pair)) for pair in suite.guards if not set(pair) & set(case.without)]
         for value, label in choices:
-            marks = [pytest.mark.full] if case.full or value in suite.long else []
+            marks = [pytest.mark.full] if not ON_GPU and (case.full or value in suite.long) else []
             values.append(pytest.param(suite, name, value, id=f"{name}-{label}", marks=marks))
     metafunc.parametrize(("suite", "case", second), values)
 
@@ -60,5 +68,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("m4 benchmarks")
     for line in measured.table():
         terminalreporter.write_line(line)
+    if ON_GPU and measured.speedups and not FLOORS.exists():
+        terminalreporter.write_line(
+            f"NOT GUARDED: no floors are committed for this GPU ({FLOORS.name}), so speed-ups were only reported; "
+            "`pytest benchmarks/ --update-floors` makes that file"
+        )
     if config.getoption("--save-results"):
-        terminalreporter.write_line(f"saved to {measured.save()}")
+        terminalreporter.write_line(f"saved to {measured.save(config.getoption('--results-dir'))}")

@@ -1,4 +1,10 @@
-"""How things are timed: alternately in one process, by medians, beside what this machine can do at best."""
+"""How things are timed: alternately in one process, by medians, beside what this machine can do at best.
+
+On a CPU by the clock. On a GPU by its own events, from an empty queue and a cold cache: 256 MiB are written, which is
+more than any L2 cache, and the GPU is kept asleep until the host has issued the whole run, so that a median is what the
+kernels take. Where the host's part matters (a training step, which graphs are to relieve of it) it is the clock again,
+from an idle GPU to an idle GPU.
+"""
 
 import functools
 import statistics
@@ -8,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from benchmarks.device import DEVICE, ON_GPU
 
 Run = Callable[[], Any]
 
@@ -36,10 +44,72 @@ class Work:
 
 
 def timed(run: Run) -> float:
-    """Seconds of one run."""
+    """Seconds of one run by the clock."""
+    if ON_GPU:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
+    if ON_GPU:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class GpuTimer:
+    """Seconds that runs take on the GPU itself."""
+
+    FLUSH_BYTES = 2**28
+    SLEEP_CYCLES_PER_SECOND = 2e9  # at the highest clock; at a lower one the GPU sleeps longer, which does no harm
+    LONGEST_SLEEP = 0.05  # a run that takes the host longer to issue is bound by that anyway
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(self.FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+
+    def __call__(self, run: Run) -> float:
+        """Seconds of one run. The first ones also compile and choose kernels: warm up before."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        issuing = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        return self.once(run, issuing)
+
+    def once(self, run: Run, issuing: float) -> float:
+        """Seconds of a run that the host issues in about `issuing` seconds."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        torch.cuda._sleep(int(min(1.5 * issuing + 2e-5, self.LONGEST_SLEEP) * self.SLEEP_CYCLES_PER_SECOND))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def gpu_timer() -> GpuTimer:
+    return GpuTimer()
+
+
+def gpu_median(run: Run, *, seconds: float, clock: bool, rounds: tuple[int, int] = (5, 200)) -> tuple[float, int]:
+    """(median seconds, rounds) of a run on the GPU: by the clock, or by its events."""
+    for _ in range(3):
+        timed(run)
+    measure = timed if clock else gpu_timer()
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < rounds[0] or (len(times) < rounds[1] and time.perf_counter() - start < seconds):
+        times.append(measure(run))
+    return statistics.median(times), len(times)
+
+
+def gpu_peak_memory(run: Run) -> int:
+    """The most bytes that torch holds on the GPU during a run beyond those it holds before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def warm_up(run: Run) -> tuple[float, int]:
@@ -53,14 +123,19 @@ def warm_up(run: Run) -> tuple[float, int]:
     return seconds, max(1, int(2e-4 / max(seconds, 1e-7)))
 
 
-def alternate(runs: Mapping[str, Run], *, seconds: float = 2.0, rounds: tuple[int, int] = (2, 200)) -> dict[str, float]:
+def alternate(
+    runs: Mapping[str, Run], *, seconds: float = 2.0, rounds: tuple[int, int] = (2, 200), clock: bool = True
+) -> dict[str, float]:
     """Median seconds of each, measured in turns, so that whatever slows the machine slows all of them.
 
     Args:
         runs: by name.
         seconds: measure for about this long,
         rounds: but at least and at most this often.
+        clock: by the clock; else, on a GPU, by its events.
     """
+    if ON_GPU:
+        return _alternate_on_gpu(runs, seconds, rounds, timed if clock else gpu_timer())
     repeat = {name: warm_up(run)[1] for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
@@ -75,9 +150,30 @@ def alternate(runs: Mapping[str, Run], *, seconds: float = 2.0, rounds: tuple[in
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def _alternate_on_gpu(
+    runs: Mapping[str, Run], seconds: float, rounds: tuple[int, int], measure: Callable[[Run], float]
+) -> dict[str, float]:
+    for run in runs.values():
+        for _ in range(3):
+            timed(run)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() - start > seconds:
+            break
+        for name, run in runs.items():
+            times[name].append(measure(run))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of copying 256 MiB with torch's threads; the best of a few."""
+    """Bytes a second, read plus written, of copying 256 MiB with torch's threads, or 2 GiB on a GPU; the best of a
+    few."""
+    if ON_GPU:
+        source = torch.zeros(2**29, device=DEVICE)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / min(gpu_timer()(lambda: target.copy_(source)) for _ in range(8))
     source = torch.zeros(2**26)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -86,7 +182,12 @@ def copy_bandwidth() -> float:
 
 @functools.cache
 def product_rate() -> float:
-    """FLOP a second of the library's 2048 x 2048 x 2048 float32 matrix product; the best of a few."""
+    """FLOP a second of the library's 2048 x 2048 x 2048 float32 matrix product, or 8192 x 8192 x 8192 in bfloat16 on a
+    GPU; the best of a few."""
+    if ON_GPU:
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        timed(lambda: torch.mm(a, b))
+        return 2 * 8192**3 / min(gpu_timer()(lambda: torch.mm(a, b)) for _ in range(8))
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     torch.mm(a, b)
     return 2 * 2048**3 / min(timed(lambda: torch.mm(a, b)) for _ in range(5))

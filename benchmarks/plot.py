@@ -12,8 +12,15 @@ import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS, machine_name, readable
 
-COLOURS = {"cpp": "#1b6ca8", "auto": "#1b6ca8"}
+# Ours, the one that others are compared with first.
+OURS = ("captured", "cpp", "cuda", "triton", "captured, compiled", "auto", "compiled")
+COLOUR = "#1b6ca8"
 OTHER = "#b8bec6"
+
+
+def sessions(folder: Path) -> list[Path]:
+    """The saved sessions in a machine's folder, oldest first."""
+    return sorted(path for path in folder.glob("*.json") if path.name[0].isdigit())  # by their time
 
 
 def newest(folder: Path) -> Path:
@@ -22,7 +29,7 @@ def newest(folder: Path) -> Path:
     Raises:
         SystemExit: there is none.
     """
-    found = sorted(folder.glob("*.json"))
+    found = sessions(folder)
     if not found:
         raise SystemExit(f"no results in {folder}: run `pytest benchmarks/ --save-results` first")
     return found[-1]
@@ -41,14 +48,14 @@ def draw(session: dict[str, Any], out: Path) -> None:
         y, ticks, labels = 0.0, [], []
         shortest = longest = 1.0
         for case, records in cases.items():
-            ours = next((r for r in records if r["provider"] in COLOURS), records[0])
+            ours = min(records, key=lambda r: OURS.index(r["provider"]) if r["provider"] in OURS else len(OURS))
             axis.text(1, y, f"{case}:  time relative to {ours['provider']}", va="center", fontsize=8, weight="bold")
             for record in records:
                 y += 1
                 ratio = record["seconds"] / ours["seconds"]
                 shortest, longest = min(shortest, ratio), max(longest, ratio)
                 shown = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
-                axis.barh(y, ratio, color=COLOURS.get(record["provider"], OTHER), height=0.75)
+                axis.barh(y, ratio, color=COLOUR if record["provider"] in OURS else OTHER, height=0.75)
                 axis.text(
                     ratio * 1.03,
                     y,
@@ -68,8 +75,8 @@ def draw(session: dict[str, Any], out: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     where = session["environment"]
     figure.suptitle(
-        f"{where['cpu']}, {where['threads']} threads, {where['simd']}; torch {where['torch']}; commit "
-        f"{where['commit'][:7]}; {session['time'][:10]}",
+        f"{where.get('gpu') or where['cpu']}, {where['threads']} threads, {where['simd']}; "
+        f"torch {where['torch']}; commit {where['commit'][:7]}; {session['time'][:10]}",
         fontsize=8,
     )
     figure.tight_layout(rect=(0, 0, 1, 0.99))
@@ -82,10 +89,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="?", type=Path, help="a saved session; default the newest of this machine")
     parser.add_argument("--out", type=Path, default=RESULTS / "benchmarks.png")
+    parser.add_argument("--folder", type=Path, help="draw every session of this machine in there to a PNG beside it")
     arguments = parser.parse_args()
-    path = arguments.results or newest(RESULTS / machine_name())
-    draw(json.loads(path.read_text()), arguments.out)
-    print(f"drew {path} to {arguments.out}")
+    if arguments.folder is not None:
+        newest(arguments.folder / machine_name())
+        pairs = [(path, path.with_suffix(".png")) for path in sessions(arguments.folder / machine_name())]
+    else:
+        pairs = [(arguments.results or newest(RESULTS / machine_name()), arguments.out)]
+    for path, out in pairs:
+        if arguments.folder is None or not out.exists():
+            draw(json.loads(path.read_text()), out)
+            print(f"drew {path} to {out}")
 
 
 if __name__ == "__main__":

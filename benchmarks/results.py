@@ -99,8 +99,8 @@ def machine_name() -> str:
 def environment() -> dict[str, Any]:
     extension = _ext.load()
     return {
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "simd": None if extension is None else extension.simd_level(),
@@ -115,6 +115,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""

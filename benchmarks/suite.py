@@ -4,14 +4,17 @@ A bench file sets `SUITE` and imports `test_time` and `test_guard`; conftest.py 
 """
 
 import functools
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import guard
-from benchmarks.measure import Run, Work, warm_up
+from benchmarks.device import DEVICE, ON_GPU, Unavailable, moved
+from benchmarks.measure import Run, Work, gpu_median, gpu_peak_memory, warm_up
 from benchmarks.results import Record, Session
 from m4kernels.testing import peak_extra_memory
 
@@ -26,13 +29,17 @@ class Case:
         build: makes the inputs.
         work: what one run over them has to do.
         without: providers that cannot do this work.
-        full: only with `-m full`.
+        full: only with `-m full`, on a CPU.
+        gpu: runs on a GPU.
+        cpu: runs on a CPU.
     """
 
     build: Callable[[], Any]
     work: Callable[[Any], Work]
     without: tuple[str, ...] = ()
     full: bool = False
+    gpu: bool = False
+    cpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,9 @@ class Suite:
             nothing behind (no gradients), so that the next one's memory is its own.
         long: providers only with `-m full`.
         guards: (kernel, baseline): pairs of providers whose speed-up has a floor.
+        dtype: of the floating inputs on a GPU.
+        clock: on a GPU, too, time by the clock, so that the host's part counts; memory is then all that was reserved,
+            model and optimiser included.
     """
 
     op: str
@@ -53,30 +63,56 @@ class Suite:
     providers: Mapping[str, Callable[[Any], Run]]
     guards: tuple[tuple[str, str], ...] = ()
     long: tuple[str, ...] = ()
+    dtype: torch.dtype | None = None
+    clock: bool = False
 
     def run(self, case: str, provider: str) -> Run:
-        return self.providers[provider](_inputs(self.cases[case]))
+        if ON_GPU:  # what earlier runs held, graphs and models, is this one's
+            gc.collect()
+            torch.cuda.empty_cache()
+        try:
+            return self.providers[provider](_inputs(self.cases[case], self.dtype))
+        except Unavailable as reason:
+            pytest.skip(str(reason))
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(case: Case) -> Any:
+def _inputs(case: Case, dtype: torch.dtype | None) -> Any:
     """The case's inputs; the last case's are kept, since tests come case by case."""
-    return case.build()
+    inputs = case.build()
+    return moved(inputs, DEVICE, dtype) if ON_GPU else inputs
 
 
-def test_time(suite: Suite, case: str, provider: str, benchmark: Any, session: Session) -> None:
+def test_time(suite: Suite, case: str, provider: str, session: Session, request: pytest.FixtureRequest) -> None:
     """Time, rate, share of the floor and peak extra memory of one provider."""
+    if ON_GPU:
+        _time_on_gpu(suite, case, provider, session)
+        return
     run = suite.run(case, provider)
+    benchmark = request.getfixturevalue("benchmark")
     once, repeat = warm_up(run)
     rounds = min(200, max(2, int(SECONDS / (once * repeat))))
     benchmark.group = f"{suite.op}, {case}"
     benchmark.pedantic(run, rounds=rounds, iterations=repeat, warmup_rounds=0)
     if benchmark.stats is None:  # --benchmark-disable
         return
-    work = suite.cases[case].work(_inputs(suite.cases[case]))
+    work = suite.cases[case].work(_inputs(suite.cases[case], suite.dtype))
     record = Record.of(suite.op, case, provider, benchmark.stats.stats.median, rounds, work, peak_extra_memory(run))
     benchmark.extra_info.update(rate=record.rate, share_of_floor=record.share_of_floor, work=work.formula)
     session.records.append(record)
+
+
+def _time_on_gpu(suite: Suite, case: str, provider: str, session: Session) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    run = suite.run(case, provider)
+    seconds, rounds = gpu_median(run, seconds=SECONDS, clock=suite.clock)
+    # A graph's tensors are reserved for it and never allocated again, so of a whole step that is what counts.
+    peak = torch.cuda.max_memory_reserved() - before if suite.clock else gpu_peak_memory(run)
+    work = suite.cases[case].work(_inputs(suite.cases[case], suite.dtype))
+    session.records.append(Record.of(suite.op, case, provider, seconds, rounds, work, peak))
 
 
 def test_guard(
@@ -86,4 +122,7 @@ def test_guard(
     kernel, baseline = pair
     update = request.config.getoption("--update-floors")
     name = f"{suite.op}/{case}/{kernel} over {baseline}"
-    session.speedups[name] = guard.check(name, suite.run(case, kernel), suite.run(case, baseline), update=update)
+    runs = suite.run(case, kernel), suite.run(case, baseline)
+    session.speedups[name] = guard.check(
+        name, *runs, update=update, clock=suite.clock or not ON_GPU, seconds=0.3 if ON_GPU else 1.0
+    )

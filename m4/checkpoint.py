@@ -36,6 +36,7 @@ FREE_KEYS = {
     "output_dir",
     "device",
     "compile",
+    "cuda_graphs",
     "kernels",
     "stop_after_steps",
     "training_time",

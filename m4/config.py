@@ -8,13 +8,16 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from yaml import YAMLError
 
 from m4 import nano4m_config
+
+if TYPE_CHECKING:  # imported where files are parsed: training on a machine that lacks omegaconf needs only the classes
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 
 class ConfigError(ValueError):
@@ -96,6 +99,7 @@ class TrainConfig:
     output_dir: str = "runs"
     device: str = "auto"
     compile: bool = False
+    cuda_graphs: str = "auto"  # auto, on, off: capture the step on a GPU
     kernels: str = "auto"
 
     @property
@@ -121,6 +125,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
     Raises:
         ConfigError: naming the key, its value, and what is expected or the nearest known key.
     """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
@@ -156,6 +163,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
 
 def config_from_dict(tree: dict[str, Any]) -> TrainConfig:
     """A checked configuration from a nested dict of our own keys; see `load_config` for the errors."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     structured = OmegaConf.structured(TrainConfig)
     for key, value in _leaves(tree).items():
         expected = _schema().get(key)
@@ -169,6 +179,8 @@ def config_from_dict(tree: dict[str, Any]) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     if config.training_time is not None:
         config.training_time = format_duration(parse_duration(config.training_time))
+    # YAML 1.1 reads on and off as true and false.
+    config.cuda_graphs = {"True": "on", "False": "off"}.get(config.cuda_graphs, config.cuda_graphs)
     _check(config)
     return config
 
@@ -180,7 +192,7 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def config_to_yaml(config: TrainConfig) -> str:
     """YAML text of all keys, resolved; loading it gives the same configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def parse_duration(value: Any) -> int:
@@ -204,6 +216,9 @@ def format_duration(seconds: float) -> str:
 
 
 def _parse_override(text: str) -> DictConfig:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     key, equals, _ = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
         raise ConfigError(f"{text}: expected an override of the form key=value, for example lr=0.001")
@@ -215,6 +230,8 @@ def _parse_override(text: str) -> DictConfig:
 
 def _plain(tree: DictConfig) -> dict[str, Any]:
     """Nested dicts and lists, with interpolations resolved."""
+    from omegaconf import OmegaConf
+
     plain: Any = OmegaConf.to_container(tree, resolve=True)
     return plain
 
@@ -331,6 +348,7 @@ def _check(c: TrainConfig) -> None:
     require(attention is None or known, "model.attention", "null, or a section of encoder, decoder and cross")
 
     require(c.dtype in ("fp32", "bf16"), "dtype", "fp32 or bf16")
+    require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
     require(c.kernels in ("auto", "reference", "reference-matmul"), "kernels", "auto, reference or reference-matmul")
     devices = r"auto|cpu|cuda(:\d+)?"
     require(re.fullmatch(devices, c.device) is not None, "device", "auto, cpu, cuda or cuda:INDEX")

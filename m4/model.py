@@ -123,6 +123,16 @@ def sincos_positions(length: int, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
+def sum_by_modality(values: Tensor, modalities: Tensor, count: int) -> Tensor:
+    """float32 (count,): sums of values (T,) by modality (T,).
+
+    No index_add_, whose order of summation varies on a GPU; no product, which autocast would round to bfloat16; no
+    F.one_hot, which asks a CPU for values.
+    """
+    chosen = modalities.unsqueeze(1) == torch.arange(count, device=modalities.device)
+    return values.float().unsqueeze(1).masked_fill(~chosen, 0.0).sum(0)
+
+
 def norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=LAYER_NORM_EPS, bias=False)
 
@@ -318,9 +328,7 @@ class M4(nn.Module):
             token_weight=weight[targets.modalities],
             vocab_limit=self.vocab_limit(targets),
         )
-        # A product with the one-hot modalities rather than index_add_, whose order of summation varies on a GPU.
-        one_hot = F.one_hot(targets.modalities, len(self.config.modalities)).float()
-        return Losses(result.loss, (result.nll.float() @ one_hot) / denominators, counts)
+        return Losses(result.loss, sum_by_modality(result.nll, targets.modalities, len(counts)) / denominators, counts)
 
     def logits(self, batch: MaskedBatch) -> Tensor:
         """Logits (T_dec, V) of every target, -inf beyond the vocabulary of its modality. Holds them whole: meant for

@@ -49,10 +49,11 @@ def padded_losses(model: "M4", batch: MaskedBatch, target_counts: Tensor | None)
 
     targets = p["dec_tokens"].masked_fill(~dec_mask, IGNORE_INDEX)
     nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    of_modality = F.one_hot(dec_mods.flatten(), len(model.config.modalities)) * dec_mask.flatten().unsqueeze(-1)
+    of_modality = dec_mods.flatten().unsqueeze(-1) == torch.arange(len(model.config.modalities), device=nll.device)
+    of_modality &= dec_mask.flatten().unsqueeze(-1)
     counts = of_modality.sum(0)
     denominators = (counts if target_counts is None else target_counts).clamp(min=1).float()
-    per_modality = (nll @ of_modality.float()) / denominators
+    per_modality = nll.unsqueeze(-1).masked_fill(~of_modality, 0.0).sum(0) / denominators
     return per_modality.mean(), per_modality.detach(), counts
 
 

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from m4.config import TrainConfig, format_duration
 from m4.memory import peak_memory
 from m4.plan import LoopState, Plan
-from m4kernels import MaskedBatch
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +38,10 @@ class Progress:
         """Start the clock, after everything that happens only once."""
         self._start = self._last_line = time.monotonic()
 
-    def micro_batch(self, batch: MaskedBatch) -> None:
+    def micro_batch(self, samples: int, valid_tokens: int) -> None:
         """Count one forward and backward pass."""
-        samples = len(batch.decoder.segments.counts)
         self._samples += samples
-        self._valid += len(batch.encoder.ids) + len(batch.decoder.ids)
+        self._valid += valid_tokens
         self._bar.update(samples)
         within = self._samples % self._plan.samples_per_step
         if within and self._quiet_for(3 * _QUIET_SECONDS):

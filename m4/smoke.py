@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from m4.batches import mask_rows
+from m4.batches import host_backend, mask_rows
 from m4.build import autocast
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
@@ -101,7 +101,8 @@ def check_targets(
     has_target = torch.zeros(len(rows), dtype=torch.bool)
     for draw in range(_DRAWS):
         ids = positions + (draw << 48)
-        batch = mask_rows(store, rows, ids, spec, seed=config.seed, device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        batch = mask_rows(store, rows, ids, spec, seed=config.seed, device=cpu, backend=host_backend())
         has_target |= batch.decoder.segments.counts.sum(1) > 0
         if has_target.all():
             return

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -16,25 +14,26 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from m4.batches import fixed_batches, mask_rows
-from m4.build import World, autocast, build_model, data_root, masking_spec, open_split, pick_device
+from m4.batches import fixed_batches
+from m4.build import World, build_model, data_root, masking_spec, open_split, pick_device
 from m4.checkpoint import RunIdentity, check_same_run, clean_temporaries, load_checkpoint, newest_whole, save_checkpoint
 from m4.cli import run_command
 from m4.config import TrainConfig, config_to_yaml, load_config
 from m4.data.files import write_atomically
 from m4.data.store import TokenStore
 from m4.evaluate import evaluate
+from m4.feed import Feed
 from m4.logging import RunLog
 from m4.memory import HeapTrimmer
 from m4.model import M4
-from m4.optim import build_optimizer, learning_rate, set_learning_rate
+from m4.optim import build_optimizer, learning_rate, load_optimizer_state
 from m4.plan import LoopState, Plan
 from m4.progress import Progress, duration_text
 from m4.run_dir import only_process, write_summary
 from m4.smoke import SmokeReport, check_finite, smoke_test
+from m4.step import CudaGraphs, Execution, Figures, TrainStep
 from m4.stopping import Interrupted, StopSignals
 from m4.stream import SampleStream
-from m4kernels import MaskedBatch, MaskingSpec
 
 log = logging.getLogger("m4.train")
 
@@ -49,6 +48,7 @@ def train(config: TrainConfig, command: str) -> int:
     """Run, or resume where the run stopped; returns the exit status (130 after Ctrl-C)."""
     world = World.from_environment()
     device = pick_device(config.device)
+    execution = Execution.of(config, device)
     plan = Plan.of(config, world.size)
     root = data_root(config)
     store = open_split(config, root, config.data.train_split)
@@ -68,7 +68,7 @@ def train(config: TrainConfig, command: str) -> int:
             path, meta = resumed
             check_same_run(path, meta, config, identity)
             saved = load_checkpoint(path, model)
-            optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer_state(optimizer, saved["optimizer"])
             state = LoopState(**saved["loop"])
             _set_random_state(saved["random"])
             log.info("resuming from %s", path)
@@ -79,8 +79,25 @@ def train(config: TrainConfig, command: str) -> int:
             log.info("the run is complete (%d steps); for another one set run_name=NAME", state.step)
             return 0
 
+        unread, tick = 0, time.monotonic()  # steps that the device was given and the host has not heard of
+
+        def check_steps() -> Figures | None:
+            """Wait for the steps that the device was given and raise if one of them was not finite."""
+            nonlocal unread, tick
+            if not unread:
+                return None
+            figures = step.read()
+            lost, unread = unread - figures.updates, 0
+            if not figures.finite:
+                state.step -= lost
+                state.position -= lost * plan.samples_per_step
+                _stop_on_non_finite(figures, model, config, state.step + 1)
+            state.seconds, tick = state.seconds + time.monotonic() - tick, time.monotonic()
+            return figures
+
         def save() -> None:
             nonlocal saved_step
+            check_steps()
             if saved_step == state.step:
                 return
             with stop.deferred():
@@ -90,6 +107,7 @@ def train(config: TrainConfig, command: str) -> int:
                 log.info("saved %s", path)
 
         def evaluate_now() -> None:
+            check_steps()
             log.info("evaluating on %s", config.data.eval_split)
             batches = fixed_batches(
                 eval_store,
@@ -115,7 +133,15 @@ def train(config: TrainConfig, command: str) -> int:
             positions = np.arange(config.batch_size) + state.position
             smoke = smoke_test(model, store, stream.rows(positions), positions, spec, config, device)
             _announce_estimate(smoke, config, plan, device)
-            forward = torch.compile(model, dynamic=True) if config.compile else model
+            feed = Feed(store, stream, spec, config, plan, device, fixed_shapes=execution.asynchronous)
+            forward = torch.compile(model, dynamic=not execution.asynchronous) if config.compile else model
+            step = TrainStep(model, forward, optimizer, config, device, execution, feed.capacity)
+            if feed.capacity:
+                log.info("micro-batches of %d input and %d target tokens", *feed.capacity)
+            if execution.graphs:
+                log.info("recording the step as CUDA graphs")
+                with stop.deferred():
+                    step.record(feed.example(state.position), CudaGraphs(device), plan.accumulation)
             heap = HeapTrimmer()
             progress.start()
             tick = time.monotonic()
@@ -130,32 +156,26 @@ def train(config: TrainConfig, command: str) -> int:
                     break
 
                 rate = learning_rate(plan.tokens(state.position + plan.samples_per_step), config)
-                set_learning_rate(optimizer, rate)
-                batches = list(_micro_batches(store, stream, spec, state.position, config, plan, device))
-                counts = torch.stack([batch.decoder.segments.counts.sum(0) for batch in batches]).sum(0).clamp(min=1)
-                losses = torch.zeros(len(config.modalities), device=device)
-                for batch in batches:
+                inputs = feed.step(state.position)
+                step.start(inputs.counts, rate)
+                for batch in inputs.micro_batches:
                     stop.check()
-                    with autocast(config, device):
-                        # With the counts of the whole step, accumulated gradients are those of one big batch.
-                        result = forward(batch, target_counts=counts)
-                    result.total.backward()
-                    losses += result.per_modality.detach()
-                    progress.micro_batch(batch)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-                # The one synchronisation of a step: nothing that is not finite may reach the parameters.
-                *values, norm_value = torch.cat([losses, norm[None]]).tolist()
-                if not all(math.isfinite(value) for value in (*values, norm_value)):
-                    _stop_on_non_finite(losses, model, config, state.step + 1)
+                    step.micro_batch(batch.masked)
+                    progress.micro_batch(batch.samples, batch.valid_tokens)
                 with stop.deferred():  # parameters, loop state and metrics go together
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    step.update()
                     state.step += 1
                     state.position += plan.samples_per_step
-                    state.seconds, tick = state.seconds + time.monotonic() - tick, time.monotonic()
-                    metrics = progress.step(values, norm_value, rate)
-                    if state.step % config.log.every == 0 or state.step == plan.steps:
-                        run_log.write("train", state.step, metrics)
+                    unread += 1
+                    feed.prepare(state.position)  # while the device is busy
+                    log_due = state.step % config.log.every == 0 or state.step == plan.steps
+                    if log_due or not execution.asynchronous:
+                        figures = check_steps()
+                        assert figures is not None
+                        metrics = progress.step(figures.losses, figures.norm, rate)
+                        if log_due:
+                            run_log.write("train", state.step, metrics)
+                    step.release()
                 heap.step()
                 stop.check()
         except Interrupted as interrupted:
@@ -171,21 +191,6 @@ def train(config: TrainConfig, command: str) -> int:
     if state.step < plan.steps:
         log.info("stopped at stop_after_steps=%d of %d steps; raise or drop it to go on", state.step, plan.steps)
     return 0
-
-
-def _micro_batches(
-    store: TokenStore,
-    stream: SampleStream,
-    spec: MaskingSpec,
-    position: int,
-    config: TrainConfig,
-    plan: Plan,
-    device: torch.device,
-) -> Iterator[MaskedBatch]:
-    """The micro-batches of the step that starts at a stream position; positions identify the masks too."""
-    for first in range(position, position + plan.samples_per_step, config.batch_size):
-        positions = np.arange(first, first + config.batch_size)
-        yield mask_rows(store, stream.rows(positions), positions, spec, seed=config.seed, device=device)
 
 
 def _announce(
@@ -221,15 +226,15 @@ def _announce_estimate(smoke: SmokeReport, config: TrainConfig, plan: Plan, devi
         log.warning("or with this configuration add: %s", _RUN_OF_MINUTES)
 
 
-def _stop_on_non_finite(losses: torch.Tensor, model: M4, config: TrainConfig, step: int) -> NoReturn:
+def _stop_on_non_finite(figures: Figures, model: M4, config: TrainConfig, step: int) -> NoReturn:
     newest = newest_whole(config.run_dir)
     kept = f"the newest checkpoint is {newest[0]}" if newest else "there is no earlier checkpoint"
     advice = f"stopped before the update and saved nothing of it; {kept}; try a lower lr, a longer token_warmup or fp32"
     try:
-        check_finite(losses, model, config.modalities, f"step {step}")
+        check_finite(torch.tensor(figures.losses), model, config.modalities, f"step {step}")
     except ValueError as error:
         raise ValueError(f"{error}; {advice}") from None
-    raise ValueError(f"step {step}: the gradient norm overflows although every gradient is finite; {advice}")
+    raise ValueError(f"step {step}: the losses are finite but the gradient norm is {figures.norm}; {advice}")
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -22,12 +22,13 @@ def block_mask(q_segments: Segments, k_segments: Segments, allow: Tensor | None)
     q_sample, k_sample = q_segments.sample_of_token(q_total), k_segments.sample_of_token(k_total)
     q_mods, k_mods = modalities(q_segments), modalities(k_segments)
     count = q_segments.num_modalities
-    allowed = torch.ones(count, count, dtype=torch.bool) if allow is None else allow
+    device = q_segments.counts.device
+    allowed = torch.ones(count, count, dtype=torch.bool, device=device) if allow is None else allow
 
     def mask_mod(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q_sample[q] == k_sample[k]) & allowed[q_mods[q], k_mods[k]]
 
-    return create_block_mask(mask_mod, None, None, q_total, k_total, device="cpu")
+    return create_block_mask(mask_mod, None, None, q_total, k_total, device=device.type)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

@@ -14,7 +14,7 @@ def slots(segments: Segments) -> Tensor:
     """int64 (T,): the place of each packed token in (B, max_seqlen), flattened."""
     total = int(segments.cu_seqlens[-1])
     sample = segments.sample_of_token(total)
-    return sample * segments.max_seqlen + torch.arange(total) - segments.cu_seqlens[sample]
+    return sample * segments.max_seqlen + torch.arange(total, device=sample.device) - segments.cu_seqlens[sample]
 
 
 def pad(x: Tensor, segments: Segments) -> Tensor:
@@ -26,13 +26,15 @@ def pad(x: Tensor, segments: Segments) -> Tensor:
 
 def modalities(segments: Segments) -> Tensor:
     """int64 (T,): the modality of each packed token."""
-    index = torch.arange(segments.num_modalities).repeat(segments.batch_size)
+    index = torch.arange(segments.num_modalities, device=segments.counts.device).repeat(segments.batch_size)
     return index.repeat_interleave(segments.counts.flatten())
 
 
 def padded_mask(q_segments: Segments, k_segments: Segments, allow: Tensor | None) -> Tensor:
     """bool (B, 1, Nq, Nk), True where the query may attend to the key."""
-    valid = pad(torch.ones(int(k_segments.cu_seqlens[-1]), dtype=torch.bool), k_segments)
+    valid = pad(
+        torch.ones(int(k_segments.cu_seqlens[-1]), dtype=torch.bool, device=k_segments.counts.device), k_segments
+    )
     q_mods, k_mods = (pad(modalities(s), s) for s in (q_segments, k_segments))
     return dense_mask(valid, q_mods, k_mods, allow)
 

@@ -1,5 +1,8 @@
 """Linear layer and cross-entropy with all logits in memory."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +14,7 @@ def packed(x: Tensor, weight: Tensor, targets: Tensor, vocab_limit: Tensor | Non
     x, targets = x[valid], targets[valid]
     logits = x @ weight.T
     if vocab_limit is not None:
-        beyond = torch.arange(weight.shape[0]) >= vocab_limit[valid].unsqueeze(1)
+        beyond = torch.arange(weight.shape[0], device=x.device) >= vocab_limit[valid].unsqueeze(1)
         logits = logits.masked_fill(beyond, -torch.inf)
     return F.cross_entropy(logits, targets)
 
@@ -19,3 +22,9 @@ def packed(x: Tensor, weight: Tensor, targets: Tensor, vocab_limit: Tensor | Non
 def padded(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Loss of padded slots x (N, D), those with target -100 included in the product, as a padded decoder does it."""
     return F.cross_entropy(x @ weight.T, targets)
+
+
+@functools.cache
+def compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`padded` through torch.compile."""
+    return torch.compile(padded)

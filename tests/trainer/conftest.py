@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+
+from m4.config import DataSection, LogSection, ModelSection, TrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -60,6 +63,15 @@ def write_config(path: Path, root: Path) -> Path:
 @pytest.fixture
 def tiny_config(tmp_path, token_root) -> Path:
     return write_config(tmp_path / "tiny.yaml", token_root)
+
+
+@pytest.fixture
+def tiny_train_config(tmp_path, token_root) -> TrainConfig:
+    """The same as `tiny_config`, made without omegaconf, which a machine with a GPU may lack."""
+    values = yaml.safe_load(TINY)
+    values["model"], values["log"] = ModelSection(**values["model"]), LogSection(**values["log"])
+    data = DataSection(root=str(token_root), cache_dir=str(tmp_path / "cache"))
+    return TrainConfig(**values, data=data, run_name="tiny", output_dir=str(tmp_path / "runs"))
 
 
 def command(module: str, *arguments: object) -> list[str]:
