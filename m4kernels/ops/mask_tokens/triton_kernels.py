@@ -267,13 +267,13 @@ def fill_kernel(
     BLOCK_N: tl.constexpr,  # positions: at least the longest modality
     BLOCK_S: tl.constexpr,  # samples of this program, all of them of one block of draw_kernel
     BLOCK_B: tl.constexpr,  # samples of a block of draw_kernel
+    CHUNK: tl.constexpr,  # blocks whose sums are read at once
 ):
     i_tile, i_modality = tl.program_id(0), tl.program_id(1)
     i_sample = i_tile.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     m_sample = i_sample < batch
 
     # Where this program's samples begin.
-    CHUNK: tl.constexpr = 128
     before = tl.zeros((), tl.int64)
     total = tl.zeros((), tl.int64)
     wrong = tl.zeros((), tl.int64)
