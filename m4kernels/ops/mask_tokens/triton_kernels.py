@@ -3,7 +3,8 @@
 Two launches, because where a sample's tokens go depends on the counts of all samples before it. `draw_kernel` draws
 the counts of blocks of samples, with a running sum within the block; `fill_kernel` adds the blocks' sums, which is one
 short load for each program, and writes everything else. A pair of numbers of tokens, at most 2^31 - 1 each by the op's
-checks, is one int64: inputs in the low half, targets in the high half.
+checks, is one int64: inputs in the low half, targets in the high half. Loops whose ends are not constants are `while`
+loops, because under recent versions of NumPy the interpreter of Triton 3.6 has no `range` over a tensor.
 """
 
 import triton
@@ -106,12 +107,15 @@ def _budgets(
     weight = tl.where(m_plays, weight, 0).to(tl.int64)
     budgets = _divide(n[:, None] * weight, tl.sum(weight, 1)[:, None])
     left = n - tl.sum(budgets, 1)
-    for q in range(0, (tl.max(left, 0).to(tl.int32) + 3) // 4):
+    most = tl.max(left, 0).to(tl.int32)
+    q = 0
+    while 4 * q < most:
         w0, w1, w2, w3 = _philox(seed_low, seed_high, epoch, ids, _counter(LEFTOVERS, i_modality, q))
         budgets = _give(budgets, w0, 4 * q, left, i_modality, p_table, m_plays)
         budgets = _give(budgets, w1, 4 * q + 1, left, i_modality, p_table, m_plays)
         budgets = _give(budgets, w2, 4 * q + 2, left, i_modality, p_table, m_plays)
         budgets = _give(budgets, w3, 4 * q + 3, left, i_modality, p_table, m_plays)
+        q += 1
     return budgets
 
 
@@ -224,10 +228,12 @@ def _write(ids, positions, modalities, place, capacity, m_chosen, token, positio
 def _write_tail(ids, positions, modalities, first, capacity, i_program, programs, FILL: tl.constexpr):
     """Tokens of no sample from `first` to the capacity; the programs take turns."""
     BLOCK: tl.constexpr = 128
-    for begin in range(first + i_program * BLOCK, capacity, programs * BLOCK):
+    begin = first + i_program * BLOCK
+    while begin < capacity:
         place = begin + tl.arange(0, BLOCK)
         nothing = tl.zeros((BLOCK,), tl.int64)
         _write(ids, positions, modalities, place, capacity, place < capacity, nothing + FILL, nothing, nothing)
+        begin += programs * BLOCK
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -277,13 +283,15 @@ def fill_kernel(
     before = tl.zeros((), tl.int64)
     total = tl.zeros((), tl.int64)
     wrong = tl.zeros((), tl.int64)
-    for begin in range(0, blocks, CHUNK):
+    begin = 0
+    while begin < blocks:
         i_block = begin + tl.arange(0, CHUNK)
         b_sum = tl.load(sums + i_block, mask=i_block < blocks, other=0)
         before += tl.sum(tl.where(i_block < i_tile * BLOCK_S // BLOCK_B, b_sum, 0), 0)
         total += tl.sum(b_sum, 0)
         if lengths is not None:
             wrong += tl.sum(tl.load(faults + i_block, mask=i_block < blocks, other=0), 0)
+        begin += CHUNK
     start = before + tl.load(starts + i_sample, mask=m_sample, other=0)
     in_total, out_total = total & 0xFFFFFFFF, total >> 32
     in_start, out_start = start & 0xFFFFFFFF, start >> 32
