@@ -22,11 +22,13 @@ def test_token_dtypes_and_strides(dtype: torch.dtype, target: Target) -> None:
     tokens, ids, _ = make_inputs(SMALL, 6, ragged=False)
     tokens = (tokens.long() % 128).to(dtype)
     expected = mask_tokens(tokens.long(), SMALL, seed=1, sample_ids=ids, backend="reference")
-    wide = torch.zeros(6, 2 * SMALL.num_tokens, dtype=torch.int64)
-    wide[:, ::2] = tokens.long()
-    rows = torch.cat([tokens, tokens], dim=1)[:, : SMALL.num_tokens]
+    device = target[1]  # a copy to another device may not keep the strides
+    tokens, ids = tokens.long().to(device), ids.to(device)
+    wide = torch.zeros(6, 2 * SMALL.num_tokens, dtype=torch.int64, device=device)
+    wide[:, ::2] = tokens
+    rows = torch.cat([tokens, tokens], dim=1).to(dtype)[:, : SMALL.num_tokens]
     ids2 = torch.stack([ids, ids], 1)[:, 0]
-    views = (wide.to(dtype)[:, ::2], tokens, rows)
+    views = (wide.to(dtype)[:, ::2], tokens.to(dtype), rows)
     for view in views[:1] if is_interpreted(target) else views:
         assert_equal(mask_on(target, view, SMALL, seed=1, sample_ids=ids2), expected)
 
