@@ -68,6 +68,13 @@ def test_with_a_capacity_nothing_waits_for_the_device(backend: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_without_a_capacity_a_bad_length_raises(backend: str) -> None:
+    tokens, ids, lengths = (x.cuda() for x in make_inputs(M4, 96, ragged=True))
+    lengths[70, 1] = 40
+    with pytest.raises(ValueError, match=r"lengths\[70, 1\] must be 0 to 39 .*got 40"):
+        mask_tokens(tokens, M4, seed=3, sample_ids=ids, lengths=lengths, backend=backend)
+
+
 @pytest.mark.parametrize("fault", ["lengths", "capacity"])
 def test_faults_trip_an_assertion_that_names_the_op(backend: str, fault: str) -> None:
     """In a process of its own, because an assertion leaves the device unusable."""

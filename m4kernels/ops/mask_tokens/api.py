@@ -52,7 +52,8 @@ def mask_tokens(
 
     Raises:
         ValueError: a shape, dtype, device or number does not fit, a length is out of range, or the capacity is too
-            small; the message names the argument. On a GPU the last two are reported by a device assertion.
+            small; the message names the argument. On a GPU a device assertion may report the last two, and does where
+            a capacity is given.
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"mask_tokens: seed must fit in 64 bits, got {seed}")

@@ -119,7 +119,7 @@ def _budgets(
     return budgets
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=("faults",))
 def draw_kernel(
     sample_ids,  # (B,), stride ids_b
     lengths,  # (B, M), strides (lengths_b, lengths_m), or None for full
@@ -236,7 +236,7 @@ def _write_tail(ids, positions, modalities, first, capacity, i_program, programs
         begin += programs * BLOCK
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=("faults",))
 def fill_kernel(
     tokens,  # (B, L), strides (tokens_b, tokens_l)
     sample_ids,  # (B,), stride ids_b
