@@ -9,9 +9,10 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def targets(*backends: str) -> list[Any]:
+def targets(*backends: str, interpreter: bool = True) -> list[Any]:
     """Parameters `(backend, device)`: "cpp" on the CPU, "reference" on the CPU and on CUDA, "triton" on CUDA or, where
-    there is none, on the CPU through Triton's interpreter (keep its shapes small), "cuda" on CUDA.
+    there is none, on the CPU through Triton's interpreter (keep its shapes small; not with `interpreter=False`),
+    "cuda" on CUDA.
 
     Those on CUDA are marked `cuda` and skipped without a device.
     """
@@ -21,7 +22,7 @@ def targets(*backends: str) -> list[Any]:
     for name in backends:
         if name in ("cpp", "reference"):
             out.append(pytest.param((name, "cpu"), id=name))
-        if name == "triton" and not cuda:
+        if name == "triton" and interpreter and not cuda:
             without = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
             out.append(pytest.param((name, "cpu"), id="triton interpreter", marks=without))
         elif name != "cpp":

@@ -12,7 +12,7 @@ from m4kernels.ops.mask_tokens.reference import Draw
 from m4kernels.ops.mask_tokens.spec import MaskingSpec
 from m4kernels.segments import MaskedBatch, PackedTokens, Segments
 
-dispatcher = Dispatcher("mask_tokens", ("cpp", "reference"))
+dispatcher = Dispatcher("mask_tokens", ("triton", "cpp", "reference"))
 
 
 def mask_tokens(
@@ -44,7 +44,7 @@ def mask_tokens(
         capacity: (encoder, decoder) packed lengths to fill up to, so that shapes do not depend on data. The tail
             belongs to no sample: ids 0, targets -100, positions and modalities 0. Without it a GPU is waited for, and
             torch.compile needs torch._dynamo.config.capture_dynamic_output_shape_ops = True.
-        backend: "cpp" or "reference"; default the fastest that can run.
+        backend: "triton", "cpp" or "reference"; default the fastest that can run.
 
     Returns:
         Encoder (inputs) and decoder (targets): ids, positions, modalities int64 (T,), in every sample ordered by
@@ -52,7 +52,8 @@ def mask_tokens(
 
     Raises:
         ValueError: a shape, dtype, device or number does not fit, a length is out of range, or the capacity is too
-            small; the message names the argument. On a GPU the last two are reported by a device assertion.
+            small; the message names the argument. On a GPU a device assertion may report the last two, and does where
+            a capacity is given.
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"mask_tokens: seed must fit in 64 bits, got {seed}")

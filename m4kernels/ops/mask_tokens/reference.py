@@ -163,9 +163,8 @@ def mask_tokens(
     if lengths is None:
         lengths = longest.expand(batch, -1)
     else:
+        check_lengths(lengths, lens)
         lengths = lengths.long()
-        bad = (lengths < 0) | (lengths > longest)
-        _require(~bad.any(), lambda: bad_length(lens, int(bad.flatten().nonzero()[0]), int(lengths[bad][0])))
     inputs, targets = draw_counts(draw, plan, lengths)
     roles = torch.cat(
         [
@@ -185,7 +184,7 @@ def mask_tokens(
         cu_seqlens = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0))
         total = cu_seqlens[-1]
         size = int(total) if capacity is None else capacity[i]
-        _require(total <= size, lambda: too_small(name, int(total), size))  # noqa: B023 (called at once)
+        require(total <= size, lambda: too_small(name, int(total), size))  # noqa: B023 (called at once)
         chosen = roles == role
         # What is not chosen goes to one place past the end, which is cut off.
         place = torch.where(chosen, cu_seqlens[:-1, None] + chosen.cumsum(1) - 1, size).clamp(max=size).flatten()
@@ -207,7 +206,15 @@ def bad_length(lens: Sequence[int], index: int, length: int) -> str:
     return f"mask_tokens: lengths[{b}, {m}] must be 0 to {lens[m]} (its max_seq_len), got {length}"
 
 
-def _require(condition: Tensor, message: Callable[[], str]) -> None:
+def check_lengths(lengths: Tensor, lens: Sequence[int]) -> None:
+    """Refuse lengths (B, M) out of range."""
+    lengths = lengths.long()
+    bad = (lengths < 0) | (lengths > torch.tensor(lens, device=lengths.device))
+    require(~bad.any(), lambda: bad_length(lens, int(bad.flatten().nonzero()[0]), int(lengths[bad][0])))
+
+
+def require(condition: Tensor, message: Callable[[], str]) -> None:
+    """Raise ValueError unless the condition holds; on a GPU a device assertion reports it."""
     if condition.device.type == "cpu":
         if not bool(condition):
             raise ValueError(message())
