@@ -13,7 +13,7 @@ from m4kernels.segments import Segments
 OP = "cross_modal_attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-dispatcher = Dispatcher(OP, ("cpp", "reference"))
+dispatcher = Dispatcher(OP, ("triton", "cpp", "reference"))
 
 
 def cross_modal_attention(
