@@ -412,8 +412,8 @@ def grad_kv_kernel(
     k_counts,  # (samples, MODALITIES)
     allow,  # (MODALITIES, MODALITIES) or None
     scale,
-    total,
     q_total,
+    total,
     samples,
     heads,
     tiles,
