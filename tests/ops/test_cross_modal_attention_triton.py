@@ -29,8 +29,9 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
     return Kernel(*request.param)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("allow", ALLOW)
+@pytest.mark.parametrize(
+    ("dtype", "allow"), [(t, a) for t in DTYPES for a in ALLOW if t != torch.float16 or a in ("full", "within")]
+)
 @pytest.mark.parametrize("cross", [False, True])
 def test_equals_dense(kernel: Kernel, dtype: torch.dtype, allow: str, cross: bool) -> None:
     k_counts = KEY_COUNTS if cross else None
@@ -50,7 +51,8 @@ def test_head_dims(kernel: Kernel, dim: int) -> None:
 
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2)])
 def test_grouped_heads(kernel: Kernel, heads: tuple[int, int]) -> None:
-    check(kernel, *case(COUNTS[:1], KEY_COUNTS[:1], heads=heads, device=kernel.device), ALLOW["cross"], None)
+    counts, k_counts = torch.tensor([[9, 0, 30, 1]]), torch.tensor([[3, 2, 0, 7]])
+    check(kernel, *case(counts, k_counts, heads=heads, device=kernel.device), ALLOW["cross"], None)
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -71,6 +73,7 @@ def test_numbers_of_modalities(kernel: Kernel, modalities: int) -> None:
     check(kernel, *case(counts, k_counts, heads=(1, 1), dim=8, device=kernel.device), allow, None)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, under the interpreter
 def test_skipped_tiles_are_not_read(kernel: Kernel) -> None:
     """Modalities with nothing in common and tiles of their own: NaN in the keys of one does not reach the other."""
     (q, k, v, grad), q_seg, k_seg = case(torch.tensor([[64, 64]]), heads=(1, 1), device=kernel.device)

@@ -60,6 +60,7 @@ def run(*command: str, interpret: bool = False) -> "subprocess.CompletedProcess[
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.timeout(900)  # some 75 compilations, two at a time
 @pytest.mark.parametrize("op", OPS)
 def test_every_launch_compiles_within_its_gates(op: str) -> None:
     done = run("-m", "m4kernels.aot", op)

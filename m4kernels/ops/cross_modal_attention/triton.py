@@ -209,13 +209,13 @@ def _aot_case(
     """One launch, specialised as for views into a fused projection of M4: everything aligned, whatever the total."""
     kernel = getattr(kernels, f"{name}_kernel")
     options = _launch_options(launch, group, modalities, head_dim)
-    launched = {"num_warps": options.pop("num_warps"), "num_stages": options.pop("num_stages")}
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
     constants: dict[str, Any] = options if masked else options | {"allow": None}
     types = {name: _aot_type(name, dtype, head_dim) for name in kernel.arg_names if name not in constants}
     title = f"{name} {dtype} head_dim {head_dim}{'' if masked else ', no allow'}"
     if (group, modalities) != (1, 4):
         title += f", {group} heads a group, {modalities} modalities"
-    return AotCase(title, kernel, types, constants, **launched)
+    return AotCase(title, kernel, types, constants, warps, stages)
 
 
 def _aot_type(argument: str, dtype: str, head_dim: int) -> str:
