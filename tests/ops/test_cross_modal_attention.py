@@ -118,6 +118,19 @@ def test_masked_rows_of_a_sample_give_zero(kernel: Kernel) -> None:
     assert (out[[0, 1, 2, 5, 6, 7, 8]] != 0).all()
 
 
+def test_logsumexp(kernel: Kernel) -> None:
+    """What the backward pass is given: the logsumexp of every row, -inf where a row has no key and in the tail."""
+    tensors, q_seg, k_seg = case(torch.tensor([[3, 2, 0, 4], [0, 0, 0, 0]]), tails=(5, 5), device=kernel.device)
+    allow = torch.ones(4, 4, dtype=torch.bool)
+    allow[1] = False  # rows 3 and 4 attend to nothing
+    parts = (q_seg.cu_seqlens, q_seg.counts, 9, k_seg.cu_seqlens, k_seg.counts, 9, allow.to(kernel.device), None)
+    op = torch.ops.m4kernels.cross_modal_attention
+    lse = op(*tensors[:3], *parts, kernel.backend)[1]
+    truth = op(*(x.double() for x in tensors[:3]), *parts, "reference")[1]
+    assert (truth.isfinite().sum(1) == 7).all()
+    torch.testing.assert_close(lse, truth.float(), atol=1e-6, rtol=1e-6)
+
+
 def test_tail_may_hold_anything(kernel: Kernel) -> None:
     """The tail of a batch of fixed capacity is never read, so NaN there changes nothing."""
     counts = random_counts(5, (9, 3, 9, 3), torch.Generator().manual_seed(2))
