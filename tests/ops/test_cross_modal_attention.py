@@ -1,6 +1,8 @@
+"""cross_modal_attention on every backend. Bodies that take the fixture `kernel` are small enough for the interpreter of
+Triton; grids too large for it take `cpu_kernel`, and test_cross_modal_attention_triton.py has smaller ones."""
+
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -8,117 +10,50 @@ from torch import Tensor
 
 from m4kernels import Segments, _ext, cross_modal_attention
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS, m4_counts, random_counts
-from m4kernels.testing import assert_within_error_budget
+from tests.ops.attention_cases import ALLOW, EYE, Kernel, case, check, dense, run
+from tests.ops.targets import targets
 
 backends = pytest.mark.parametrize("backend", ["cpp", "reference"])
-EYE = torch.eye(4, dtype=torch.bool)
-ALLOW = {
-    "full": None,
-    "within": EYE,
-    "none": torch.zeros(4, 4, dtype=torch.bool),
-    "causal": torch.ones(4, 4, dtype=torch.bool).tril(),
-    "one empty row, one empty column": torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]]).bool(),
-    "cross": ~EYE,
-}
+each_target = pytest.mark.parametrize("target", targets("cpp", "reference", "triton"))
+CPU = [pytest.param(Kernel(name, "cpu"), id=name) for name in ("reference", "cpp avx512", "cpp avx2", "cpp portable")]
 
 
-@pytest.fixture(params=["reference", "cpp avx512", "cpp avx2", "cpp portable"])
-def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend's name; the compiled one once for each SIMD level that this CPU has."""
-    name, _, level = request.param.partition(" ")
+def at_each_level(kernel: Kernel) -> Iterator[Kernel]:
+    """The compiled backend at the SIMD level that its name ends with, if this CPU has it."""
+    name, _, level = kernel.backend.partition(" ")
     if not level:
-        yield name
+        yield kernel
         return
     extension = _ext.require()
     try:
         extension.set_simd_level(level)
     except ValueError as error:
         pytest.skip(str(error))
-    yield name
+    yield Kernel(name, "cpu")
     extension.set_simd_level("auto")
 
 
-def dense(
-    q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments, allow: Tensor | None, scale: float | None
-) -> Tensor:
-    """The whole (Tq, Tk) score matrix with one mask, differentiable; written without the packed loop."""
-
-    def labels(segments: Segments, total: int, outside: int) -> tuple[Tensor, Tensor]:
-        samples, modalities = segments.counts.shape
-        sample = torch.full((total,), outside)
-        modality = torch.zeros(total, dtype=torch.int64)
-        flat = segments.counts.flatten().long()
-        n = int(flat.sum())
-        sample[:n] = torch.arange(samples).repeat_interleave(modalities).repeat_interleave(flat)
-        modality[:n] = torch.arange(modalities).repeat(samples).repeat_interleave(flat)
-        return sample, modality
-
-    q_sample, q_modality = labels(q_seg, q.shape[0], -1)
-    k_sample, k_modality = labels(k_seg, k.shape[0], -2)
-    mask = q_sample[:, None] == k_sample
-    if allow is not None:
-        mask = mask & allow[q_modality][:, k_modality]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), keys) * (q.shape[2] ** -0.5 if scale is None else scale)
-    weights = scores.masked_fill(~mask, -1e30).softmax(-1) * mask
-    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+@pytest.fixture(params=CPU)
+def cpu_kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    yield from at_each_level(request.param)
 
 
-def case(
-    counts: Tensor,
-    k_counts: Tensor | None = None,
-    *,
-    heads: tuple[int, int] = (2, 2),
-    dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    tails: tuple[int, int] = (0, 0),
-    seed: int = 0,
-) -> tuple[list[Tensor], Segments, Segments]:
-    """([q, k, v, grad_out], q_segments, k_segments); q, k and v are views with foreign strides."""
-    g = torch.Generator().manual_seed(seed)
-    q_seg = Segments.from_counts(counts)
-    k_seg = q_seg if k_counts is None else Segments.from_counts(k_counts)
-    tq, tk = (int(s.cu_seqlens[-1]) + tail for s, tail in zip((q_seg, k_seg), tails, strict=True))
-    q = torch.randn(tq, heads[0] + 1, dim, generator=g, dtype=torch.float64).to(dtype)[:, 1:]
-    kv = torch.randn(tk, 2, heads[1], dim, generator=g, dtype=torch.float64).to(dtype)
-    grad = torch.randn(tq, heads[0], dim, generator=g, dtype=torch.float64).to(dtype)
-    return [q, kv[:, 0], kv[:, 1], grad], q_seg, k_seg
-
-
-def run(function: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
-    """[out, dq, dk, dv]"""
-    *inputs, grad = tensors
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves, *args, **kwargs)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def check(
-    backend: str, tensors: list[Tensor], q_seg: Segments, k_seg: Segments, allow: Tensor | None, scale: float | None
-) -> list[Tensor]:
-    """Forward and backward against the dense float64 truth; plain PyTorch in the same dtype sets the budget."""
-    truth = run(dense, [x.double() for x in tensors], q_seg, k_seg, allow, scale)
-    plain = run(dense, tensors, q_seg, k_seg, allow, scale)
-    actual = run(cross_modal_attention, tensors, q_seg, k_seg, allow=allow, scale=scale, backend=backend)
-    for name, a, p, t in zip(("out", "dq", "dk", "dv"), actual, plain, truth, strict=True):
-        assert_within_error_budget(a, p, t, what=name)
-        assert a.is_contiguous()
-    return actual
+@pytest.fixture(params=[*CPU, *targets("triton")])
+def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    yield from at_each_level(Kernel(*request.param))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("allow", ALLOW)
 @pytest.mark.parametrize("cross", [False, True])
-def test_equals_dense(kernel: str, dtype: torch.dtype, allow: str, cross: bool) -> None:
+def test_equals_dense(cpu_kernel: Kernel, dtype: torch.dtype, allow: str, cross: bool) -> None:
     g = torch.Generator().manual_seed(1)
-    if kernel == "cpp" and dtype == torch.float64:
+    if cpu_kernel.backend == "cpp" and dtype == torch.float64:
         pytest.skip("the compiled backend computes in float32")
     counts = random_counts(7, (19, 5, 37, 1), g)
     k_counts = random_counts(7, (9, 21, 4, 33), g) if cross else None
     tensors, q_seg, k_seg = case(counts, k_counts, heads=(4, 2), dim=24, dtype=dtype, tails=(5, 3))
-    actual = check(kernel, tensors, q_seg, k_seg, ALLOW[allow], None)
+    actual = check(cpu_kernel, tensors, q_seg, k_seg, ALLOW[allow], None)
     tail = int(q_seg.cu_seqlens[-1])
     assert (actual[0][tail:] == 0).all()
     assert (actual[1][tail:] == 0).all()
@@ -127,39 +62,39 @@ def test_equals_dense(kernel: str, dtype: torch.dtype, allow: str, cross: bool) 
 
 @pytest.mark.parametrize("dim", [1, 7, 8, 12, 40, 64, 72, 80, 128, 136])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 3)])
-def test_heads_and_head_dims(kernel: str, dim: int, heads: tuple[int, int]) -> None:
+def test_heads_and_head_dims(cpu_kernel: Kernel, dim: int, heads: tuple[int, int]) -> None:
     counts = random_counts(4, (30, 3, 18, 9), torch.Generator().manual_seed(dim), empty=0.1)
-    check(kernel, *case(counts, heads=heads, dim=dim), ALLOW["causal"], None)
+    check(cpu_kernel, *case(counts, heads=heads, dim=dim), ALLOW["causal"], None)
 
 
 @pytest.mark.parametrize("allow", ["full", "within"])
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 47, 48, 49, 64, 95, 97, 255, 256, 300])
-def test_lengths(kernel: str, length: int, allow: str) -> None:
+def test_lengths(cpu_kernel: Kernel, length: int, allow: str) -> None:
     """Around every width of a register block."""
     counts = torch.tensor([[length, 0, 0, 0], [0, length // 2, length - length // 2, 0]])
-    check(kernel, *case(counts, counts.flip(0).roll(1, 1), dim=8), None, None)
-    check(kernel, *case(counts, dim=8), ALLOW[allow], None)
+    check(cpu_kernel, *case(counts, counts.flip(0).roll(1, 1), dim=8), None, None)
+    check(cpu_kernel, *case(counts, dim=8), ALLOW[allow], None)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3, 3.0])
-def test_scale(kernel: str, scale: float) -> None:
-    check(kernel, *case(torch.tensor([[9, 2, 0, 7], [3, 0, 1, 0]])), None, scale)
+def test_scale(kernel: Kernel, scale: float) -> None:
+    check(kernel, *case(torch.tensor([[9, 2, 0, 7], [3, 0, 1, 0]]), device=kernel.device), None, scale)
 
 
-def test_large_scores(kernel: str) -> None:
+def test_large_scores(kernel: Kernel) -> None:
     """Scores of some thousands neither overflow nor lose rows; rounding them costs |score| eps of each weight."""
-    (q, k, v, grad), q_seg, k_seg = case(torch.tensor([[40, 3, 20, 0], [0, 1, 0, 0]]))
+    (q, k, v, grad), q_seg, k_seg = case(torch.tensor([[40, 3, 20, 0], [0, 1, 0, 0]]), device=kernel.device)
     tensors = [q * 60, k * 60, v, grad]
     largest = 0.25 * torch.einsum("qhd,khd->hqk", tensors[0], tensors[1]).abs().max()
     assert largest > 5000
     truth = run(dense, [x.double() for x in tensors], q_seg, k_seg, None, None)
-    actual = run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel)
+    actual = run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel.backend)
     for a, t in zip(actual, truth, strict=True):
         assert (a - t).abs().max() < 4 * torch.finfo(torch.float32).eps * largest * t.abs().max()
 
 
 @pytest.mark.parametrize("shape", ["no samples", "all empty", "no queries", "no keys"])
-def test_nothing_to_attend_to(kernel: str, shape: str) -> None:
+def test_nothing_to_attend_to(kernel: Kernel, shape: str) -> None:
     some, none = torch.tensor([[3, 0, 2, 1], [0, 4, 0, 0]]), torch.zeros(2, 4, dtype=torch.int32)
     counts, k_counts = {
         "no samples": (none[:0], none[:0]),
@@ -168,13 +103,13 @@ def test_nothing_to_attend_to(kernel: str, shape: str) -> None:
         "no keys": (some, none),
     }[shape]
     for tails in ((0, 0), (4, 6)):
-        tensors, q_seg, k_seg = case(counts, k_counts, tails=tails)
-        for x in run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel):
+        tensors, q_seg, k_seg = case(counts, k_counts, tails=tails, device=kernel.device)
+        for x in run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel.backend):
             assert (x == 0).all()
 
 
-def test_masked_rows_of_a_sample_give_zero(kernel: str) -> None:
-    tensors, q_seg, k_seg = case(torch.tensor([[3, 2, 0, 4]]))
+def test_masked_rows_of_a_sample_give_zero(kernel: Kernel) -> None:
+    tensors, q_seg, k_seg = case(torch.tensor([[3, 2, 0, 4]]), device=kernel.device)
     allow = torch.ones(4, 4, dtype=torch.bool)
     allow[1] = False  # rows 3 and 4 attend to nothing
     out, dq, *_ = check(kernel, tensors, q_seg, k_seg, allow, None)
@@ -183,46 +118,63 @@ def test_masked_rows_of_a_sample_give_zero(kernel: str) -> None:
     assert (out[[0, 1, 2, 5, 6, 7, 8]] != 0).all()
 
 
-def test_tail_may_hold_anything(kernel: str) -> None:
+def test_logsumexp(kernel: Kernel) -> None:
+    """What the backward pass is given: the logsumexp of every row, -inf where a row has no key and in the tail."""
+    tensors, q_seg, k_seg = case(torch.tensor([[3, 2, 0, 4], [0, 0, 0, 0]]), tails=(5, 5), device=kernel.device)
+    allow = torch.ones(4, 4, dtype=torch.bool)
+    allow[1] = False  # rows 3 and 4 attend to nothing
+    parts = (q_seg.cu_seqlens, q_seg.counts, 9, k_seg.cu_seqlens, k_seg.counts, 9, allow.to(kernel.device), None)
+    op = torch.ops.m4kernels.cross_modal_attention
+    lse = op(*tensors[:3], *parts, kernel.backend)[1]
+    truth = op(*(x.double() for x in tensors[:3]), *parts, "reference")[1]
+    assert (truth.isfinite().sum(1) == 7).all()
+    torch.testing.assert_close(lse, truth.float(), atol=1e-6, rtol=1e-6)
+
+
+def test_tail_may_hold_anything(kernel: Kernel) -> None:
     """The tail of a batch of fixed capacity is never read, so NaN there changes nothing."""
     counts = random_counts(5, (9, 3, 9, 3), torch.Generator().manual_seed(2))
-    tensors, q_seg, k_seg = case(counts, tails=(6, 6))
-    clean = run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel)
+    tensors, q_seg, k_seg = case(counts, tails=(6, 6), device=kernel.device)
+    clean = run(cross_modal_attention, tensors, q_seg, k_seg, backend=kernel.backend)
     n = int(q_seg.cu_seqlens[-1])
     poisoned = [x.clone() for x in tensors]
     for x in poisoned:
         x[n:] = torch.nan
-    for a, b in zip(clean, run(cross_modal_attention, poisoned, q_seg, k_seg, backend=kernel), strict=True):
+    for a, b in zip(clean, run(cross_modal_attention, poisoned, q_seg, k_seg, backend=kernel.backend), strict=True):
         assert torch.equal(a, b)
 
 
-def test_other_strides(kernel: str) -> None:
+def test_other_strides(kernel: Kernel) -> None:
     counts = torch.tensor([[20, 1, 9, 0], [0, 2, 5, 5]])
-    (q, k, v, grad), q_seg, k_seg = case(counts, dim=16)
-    expected = run(cross_modal_attention, [x.contiguous() for x in (q, k, v, grad)], q_seg, k_seg, backend=kernel)
+    (q, k, v, grad), q_seg, k_seg = case(counts, dim=16, device=kernel.device)
+    expected = run(
+        cross_modal_attention, [x.contiguous() for x in (q, k, v, grad)], q_seg, k_seg, backend=kernel.backend
+    )
     strided = [
         q.transpose(0, 1).contiguous().transpose(0, 1),  # heads outermost
         k.transpose(1, 2).contiguous().transpose(1, 2),  # head_dim not contiguous
         torch.stack([v, v], -1)[..., 0],
         grad,
     ]
-    for a, b in zip(expected, run(cross_modal_attention, strided, q_seg, k_seg, backend=kernel), strict=True):
+    for a, b in zip(expected, run(cross_modal_attention, strided, q_seg, k_seg, backend=kernel.backend), strict=True):
         assert torch.equal(a, b)
-    broadcast = torch.ones(1, 1, 1).expand(grad.shape)  # as out.sum().backward() sends it
-    ones = run(cross_modal_attention, [q, k, v, torch.ones_like(grad)], q_seg, k_seg, backend=kernel)
-    for a, b in zip(ones, run(cross_modal_attention, [q, k, v, broadcast], q_seg, k_seg, backend=kernel), strict=True):
+    broadcast = grad.new_ones(1, 1, 1).expand(grad.shape)  # as out.sum().backward() sends it
+    ones = run(cross_modal_attention, [q, k, v, torch.ones_like(grad)], q_seg, k_seg, backend=kernel.backend)
+    for a, b in zip(
+        ones, run(cross_modal_attention, [q, k, v, broadcast], q_seg, k_seg, backend=kernel.backend), strict=True
+    ):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("allow", ["full", "within"])
-def test_m4_shapes(kernel: str, allow: str) -> None:
+def test_m4_shapes(cpu_kernel: Kernel, allow: str) -> None:
     g = torch.Generator().manual_seed(4)
     encoder, decoder = m4_counts(4, M4_INPUT_MEANS, g), m4_counts(4, M4_TARGET_MEANS, g)
     for counts, k_counts in ((encoder, None), (decoder, None), (decoder, encoder)):
-        check(kernel, *case(counts, k_counts, heads=(10, 10), dim=64), ALLOW[allow], None)
+        check(cpu_kernel, *case(counts, k_counts, heads=(10, 10), dim=64), ALLOW[allow], None)
 
 
-def test_same_bits_on_every_run_and_number_of_threads(kernel: str) -> None:
+def test_same_bits_on_every_run_and_number_of_threads(cpu_kernel: Kernel) -> None:
     counts = random_counts(9, (60, 20, 60, 20), torch.Generator().manual_seed(3))
     call = functools.partial(run, cross_modal_attention, *(lambda t, q, k: (t, q, k))(*case(counts, heads=(4, 2))))
     threads = torch.get_num_threads()
@@ -230,7 +182,7 @@ def test_same_bits_on_every_run_and_number_of_threads(kernel: str) -> None:
         results = []
         for n in (1, 2, 3, 1):
             torch.set_num_threads(n)
-            results.append(call(backend=kernel))
+            results.append(call(backend=cpu_kernel.backend))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -250,12 +202,14 @@ def test_gradcheck_of_the_reference() -> None:
         )
 
 
-@backends
+@each_target
 @pytest.mark.parametrize("allow", ["full", "within"])
-def test_opcheck(backend: str, allow: str) -> None:
-    (q, k, v, grad), q_seg, k_seg = case(torch.tensor([[3, 0, 2, 1], [0, 4, 0, 0]]), tails=(2, 2))
+def test_opcheck(target: tuple[str, str], allow: str) -> None:
+    backend, device = target
+    (q, k, v, grad), q_seg, k_seg = case(torch.tensor([[3, 0, 2, 1], [0, 4, 0, 0]]), tails=(2, 2), device=device)
+    mask = None if ALLOW[allow] is None else ALLOW[allow].to(device)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    parts = (q_seg.cu_seqlens, q_seg.counts, 6, k_seg.cu_seqlens, k_seg.counts, 6, ALLOW[allow], None, backend)
+    parts = (q_seg.cu_seqlens, q_seg.counts, 6, k_seg.cu_seqlens, k_seg.counts, 6, mask, None, backend)
     op, backward = torch.ops.m4kernels.cross_modal_attention, torch.ops.m4kernels.cross_modal_attention_backward
     torch.library.opcheck(op.default, (*leaves, *parts))
     out, lse = op(q, k, v, *parts)
@@ -263,9 +217,12 @@ def test_opcheck(backend: str, allow: str) -> None:
     torch.library.opcheck(backward.default, (grad, out, lse, q, k, v, *parts))
 
 
-@backends
+@each_target
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_compiles_without_graph_break(backend: str, dynamic: bool | None) -> None:
+def test_compiles_without_graph_break(target: tuple[str, str], dynamic: bool | None) -> None:
+    backend, device = target
+    allow = EYE.to(device)
+
     def loss(qkv: Tensor, segments: Segments, allow: Tensor) -> Tensor:
         q, k, v = qkv.unbind(1)
         return cross_modal_attention(q, k, v, segments, segments, allow=allow, backend=backend).square().sum()
@@ -273,11 +230,11 @@ def test_compiles_without_graph_break(backend: str, dynamic: bool | None) -> Non
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for seed in (0, 1):
         counts = random_counts(3, (9, 3, 9, 3), torch.Generator().manual_seed(seed), empty=0.1)
-        segments = Segments.from_counts(counts)
+        segments = Segments.from_counts(counts).to(device)
         g = torch.Generator().manual_seed(seed)
-        qkv = torch.randn(int(segments.cu_seqlens[-1]), 3, 2, 8, generator=g, requires_grad=True)
-        expected = torch.autograd.grad(loss(qkv, segments, EYE), qkv)[0]
-        assert torch.equal(torch.autograd.grad(compiled(qkv, segments, EYE), qkv)[0], expected)
+        qkv = torch.randn(int(segments.cu_seqlens[-1]), 3, 2, 8, generator=g).to(device).requires_grad_()
+        expected = torch.autograd.grad(loss(qkv, segments, allow), qkv)[0]
+        assert torch.equal(torch.autograd.grad(compiled(qkv, segments, allow), qkv)[0], expected)
 
 
 def test_second_derivative_is_refused() -> None:

@@ -13,7 +13,7 @@ from m4kernels.segments import Segments
 OP = "cross_modal_attention"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-dispatcher = Dispatcher(OP, ("cpp", "reference"))
+dispatcher = Dispatcher(OP, ("triton", "cpp", "reference"))
 
 
 def cross_modal_attention(
@@ -45,7 +45,8 @@ def cross_modal_attention(
         k_segments: where each sample and modality lies in k; the same B and M. For self-attention the same object.
         allow: bool, allow[i, j] says whether queries of modality i attend to keys of modality j; default all do.
         scale: factor of the scores; default Dh ** -0.5.
-        backend: one of the op's backends; default the fastest that can run.
+        backend: "triton" (CUDA; not float64, head_dim at most 128; for tests also on CPU tensors, with
+            TRITON_INTERPRET=1 set), "cpp" (CPU; not float64) or "reference"; default the fastest that can run.
 
     Returns:
         (Tq, H, Dh) of the dtype of q, contiguous.

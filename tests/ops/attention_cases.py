@@ -1,0 +1,99 @@
+"""Inputs, truth and comparison shared by the tests of cross_modal_attention."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from m4kernels import Segments, cross_modal_attention
+from m4kernels.testing import assert_within_error_budget
+
+
+class Kernel(NamedTuple):
+    """A backend and the device that it is tested on."""
+
+    backend: str
+    device: str
+
+
+EYE = torch.eye(4, dtype=torch.bool)
+ALLOW = {
+    "full": None,
+    "within": EYE,
+    "none": torch.zeros(4, 4, dtype=torch.bool),
+    "causal": torch.ones(4, 4, dtype=torch.bool).tril(),
+    "one empty row, one empty column": torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]]).bool(),
+    "cross": ~EYE,
+}
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments, allow: Tensor | None, scale: float | None
+) -> Tensor:
+    """The whole (Tq, Tk) score matrix with one mask, differentiable; written without the packed loop."""
+
+    def labels(segments: Segments, total: int, outside: int) -> tuple[Tensor, Tensor]:
+        samples, modalities = segments.counts.shape
+        sample = torch.full((total,), outside)
+        modality = torch.zeros(total, dtype=torch.int64)
+        flat = segments.counts.flatten().long().cpu()
+        n = int(flat.sum())
+        sample[:n] = torch.arange(samples).repeat_interleave(modalities).repeat_interleave(flat)
+        modality[:n] = torch.arange(modalities).repeat(samples).repeat_interleave(flat)
+        return sample.to(q.device), modality.to(q.device)
+
+    q_sample, q_modality = labels(q_seg, q.shape[0], -1)
+    k_sample, k_modality = labels(k_seg, k.shape[0], -2)
+    mask = q_sample[:, None] == k_sample
+    if allow is not None:
+        mask = mask & allow[q_modality][:, k_modality]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), keys) * (q.shape[2] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~mask, -1e30).softmax(-1) * mask
+    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+
+
+def case(
+    counts: Tensor,
+    k_counts: Tensor | None = None,
+    *,
+    heads: tuple[int, int] = (2, 2),
+    dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    tails: tuple[int, int] = (0, 0),
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[list[Tensor], Segments, Segments]:
+    """([q, k, v, grad_out], q_segments, k_segments); q, k and v are views with foreign strides."""
+    g = torch.Generator().manual_seed(seed)
+    q_seg = Segments.from_counts(counts).to(device)
+    k_seg = q_seg if k_counts is None else Segments.from_counts(k_counts).to(device)
+    tq, tk = (int(s.cu_seqlens[-1]) + tail for s, tail in zip((q_seg, k_seg), tails, strict=True))
+    q = torch.randn(tq, heads[0] + 1, dim, generator=g, dtype=torch.float64).to(device, dtype)[:, 1:]
+    kv = torch.randn(tk, 2, heads[1], dim, generator=g, dtype=torch.float64).to(device, dtype)
+    grad = torch.randn(tq, heads[0], dim, generator=g, dtype=torch.float64).to(device, dtype)
+    return [q, kv[:, 0], kv[:, 1], grad], q_seg, k_seg
+
+
+def run(function: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
+    """[out, dq, dk, dv]"""
+    *inputs, grad = tensors
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves, *args, **kwargs)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def check(
+    kernel: Kernel, tensors: list[Tensor], q_seg: Segments, k_seg: Segments, allow: Tensor | None, scale: float | None
+) -> list[Tensor]:
+    """Forward and backward against the dense float64 truth; plain PyTorch in the same dtype sets the budget."""
+    allow = None if allow is None else allow.to(tensors[0].device)
+    truth = run(dense, [x.double() for x in tensors], q_seg, k_seg, allow, scale)
+    plain = run(dense, tensors, q_seg, k_seg, allow, scale)
+    actual = run(cross_modal_attention, tensors, q_seg, k_seg, allow=allow, scale=scale, backend=kernel.backend)
+    for name, a, p, t in zip(("out", "dq", "dk", "dv"), actual, plain, truth, strict=True):
+        assert_within_error_budget(a, p, t, what=name)
+        assert a.is_contiguous()
+    return actual
