@@ -203,7 +203,7 @@ def test_independent_of_thread_count() -> None:
         ({"canvas": float("nan")}, "canvas must be finite and positive"),
         ({"bins": 1}, "bins must be 2 to"),
         ({"backend": "cuda"}, "no such backend|cannot run"),
-        ({"backend": "fast"}, "backend='fast' is unknown; expected one of triton, cpp, reference"),
+        ({"backend": "fast"}, "backend='fast' is unknown; expected one of cuda, triton, cpp, reference"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:
