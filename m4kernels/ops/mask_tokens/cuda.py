@@ -10,10 +10,11 @@ from torch import Tensor
 from m4kernels import _cuda, _ext
 from m4kernels.ops.mask_tokens.cpp import _TOKEN_TYPES
 from m4kernels.ops.mask_tokens.plan import Plan
-from m4kernels.ops.mask_tokens.reference import UNFIT, Draw, bad_length
+from m4kernels.ops.mask_tokens.reference import Draw, bad_length
 from m4kernels.segments import IGNORE_INDEX
 
 _UNLIMITED = 2**62
+_UNFIT = "mask_tokens: a length is out of range or the capacity too small"  # what a device assertion can say
 
 
 def can_run(
@@ -95,7 +96,7 @@ def _mask_tokens(
             _raise_bad_length(plan.spec.max_seq_lens, lengths)
     else:
         sizes = capacity
-        torch._assert_async(fits, UNFIT)
+        torch._assert_async(fits, _UNFIT)
 
     packed = [tuple(empty(size, dtype=torch.int64) for _ in range(3)) for size in sizes]
     sides = [
