@@ -1,6 +1,7 @@
-// CUDA kernels of mask_tokens: the block programs of mask_tokens_block.h.
+// CUDA kernels of mask_tokens: the block programs of draw_block.h and fill_block.h.
 #include "common/launch.cuh"
-#include "mask_tokens/mask_tokens_block.h"
+#include "mask_tokens/draw_block.h"
+#include "mask_tokens/fill_block.h"
 
 namespace m4k::masking {
 namespace {

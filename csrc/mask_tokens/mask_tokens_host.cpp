@@ -1,6 +1,7 @@
 // The CUDA block programs of mask_tokens on the host, for tests.
 #include "common/block_host.h"
-#include "mask_tokens/mask_tokens_block.h"
+#include "mask_tokens/draw_block.h"
+#include "mask_tokens/fill_block.h"
 
 namespace m4k::masking {
 namespace {

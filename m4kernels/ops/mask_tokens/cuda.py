@@ -20,7 +20,7 @@ _UNFIT = "mask_tokens: a length is out of range or the capacity too small"  # wh
 def can_run(
     _tokens: Tensor, _draw: Draw, _lengths: Tensor | None, plan: Plan, _capacity: tuple[int, int] | None
 ) -> str | None:
-    """Specs that fit the kernels' tables and shared memory; csrc/mask_tokens/mask_tokens_block.h says why these."""
+    """Specs that fit the kernels' tables and shared memory; csrc/mask_tokens/mask_tokens_block.h says why."""
     extension, lens = _ext.require(), plan.spec.max_seq_lens
     if len(lens) > extension.mask_block_modalities:
         return f"it takes up to {extension.mask_block_modalities} modalities, got {len(lens)}"
