@@ -10,7 +10,7 @@ from torch import Tensor
 from m4kernels import _cuda, _ext
 from m4kernels.ops.mask_tokens.cpp import _TOKEN_TYPES
 from m4kernels.ops.mask_tokens.plan import Plan
-from m4kernels.ops.mask_tokens.reference import Draw, bad_length
+from m4kernels.ops.mask_tokens.reference import Draw, check_lengths
 from m4kernels.segments import IGNORE_INDEX
 
 _UNLIMITED = 2**62
@@ -93,7 +93,7 @@ def _mask_tokens(
         *sizes, bad = totals.tolist()  # waits for the device
         if bad:
             assert lengths is not None
-            _raise_bad_length(plan.spec.max_seq_lens, lengths)
+            check_lengths(lengths.cpu(), plan.spec.max_seq_lens)  # raises
     else:
         sizes = capacity
         torch._assert_async(fits, _UNFIT)
@@ -108,9 +108,3 @@ def _mask_tokens(
     )
     (in_counts, in_cu), (out_counts, out_cu) = segments
     return (*packed[0], in_cu, in_counts, *packed[1], out_cu, out_counts)
-
-
-def _raise_bad_length(lens: Sequence[int], lengths: Tensor) -> None:
-    wrong = (lengths < 0) | (lengths > torch.tensor(lens, device=lengths.device))
-    index = int(wrong.flatten().nonzero()[0])
-    raise ValueError(bad_length(lens, index, int(lengths.flatten()[index])))
