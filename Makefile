@@ -19,7 +19,7 @@ help:
 	@echo "make clean     remove build products (keeps .venv, data/ and runs/)"
 
 # The stamp is renewed when the sources of the extension or the pinned versions change.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

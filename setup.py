@@ -12,6 +12,7 @@ CPU of its architecture. `csrc/**/*_cuda.cu` is compiled when nvcc is found. Env
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ X86_LEVELS = {
     "avx2": AVX2,
     "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
+# No contraction into FMA, as on the CPU; division and square root are exact by nvcc's default.
+NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{ROOT / 'csrc'}"]
 
 
 def say(message: str) -> None:
@@ -95,6 +98,15 @@ def cuda_plan(sources: list[Path]) -> tuple[str, list[int]] | None:
     return nvcc, archs
 
 
+def cuda_version(nvcc: str) -> str:
+    """Of the toolkit, such as "13.0"."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", said)
+    if found is None:
+        fail(f"`{nvcc} --version` names no release:\n{said}\nSet M4KERNELS_CUDA=0 to build without CUDA.")
+    return found[1]
+
+
 def ninja_command() -> str:
     found = shutil.which("ninja")
     if found is None:
@@ -130,6 +142,10 @@ class NinjaBuild(build_ext):
             f"-DM4K_X86={int(len(levels) > 1)}",
             f"-DM4K_CUDA={int(cuda is not None)}",
         ]
+        toolkit = [
+            f"-DM4K_CUDA_VERSION={cuda_version(cuda[0]) if cuda else ''}",
+            f"-DM4K_CUDA_ARCHS='{';'.join(map(str, cuda[1])) if cuda else ''}'",
+        ]
         common += [f"-I{path}" for path in includes]
         link = ["-shared"]
         if sys.platform == "darwin":
@@ -157,44 +173,40 @@ class NinjaBuild(build_ext):
             for source in cpu:
                 edge("cxx", source, f".{level}", [f"-DM4K_SIMD_{level.upper()}", *flags])
         for source in host:
-            edge("cxx", source, "", [])
-        nvcc = "nvcc"
+            edge("cxx", source, "", toolkit if source.name == "bindings.cpp" else [])
+        cxx = os.environ.get("CXX", "c++")  # may be several words, such as "ccache g++"
+        nvcc, linker = "nvcc", "$cxx"
         if cuda is not None:
             nvcc, archs = cuda
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             for source in cuda_sources:
-                edge("nvcc", source, ".cuda", gencode)
-            cuda_home = Path(os.path.realpath(nvcc)).parents[1]
-            link += [f"-L{cuda_home / 'lib64'}", f"-L{cuda_home / 'targets/x86_64-linux/lib'}"]
-            link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+                edge("nvcc", source, ".cuda", gencode)  # about 5 s each, for four architectures
+            # nvcc knows where its libraries are, which the path of a wrapper script does not tell.
+            linker = "$nvcc -ccbin $ccbin"
+            link = ["-shared", "--no-device-link", "-cudart static", f"-Xcompiler={','.join(link)}"]
 
-        nvcc_flags = [
-            "-std=c++20",
-            "-O3",
-            "--fmad=false",
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
-            "--expt-relaxed-constexpr",
-        ]
-        nvcc_flags += [f"-I{ROOT / 'csrc'}"]
         (build_dir / "build.ninja").write_text(
-            f"cxx = {os.environ.get('CXX', 'c++')}\n"
+            f"cxx = {cxx}\n"
+            f"ccbin = {shlex.split(cxx)[-1]}\n"
             f"nvcc = {nvcc}\n"
             "rule cxx\n"
             f"  command = $cxx -MMD -MF $out.d {' '.join(common)} $extra -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = C++ $out\n"
             "rule nvcc\n"
-            f"  command = $nvcc -MMD -MF $out.d {' '.join(nvcc_flags)} $extra -c $in -o $out\n"
+            f"  command = $nvcc -ccbin $ccbin -MMD -MF $out.d {' '.join(NVCC_FLAGS)} $extra -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = CUDA $out\n"
             "rule link\n"
-            f"  command = $cxx $in {' '.join(link)} -o $out\n"
+            f"  command = {linker} $in {' '.join(link)} -o $out\n"
             "  description = link $out\n" + "".join(edges) + f"build {quote(target)}: link {' '.join(objects)}\n"
         )
         command = [ninja_command(), "-C", str(build_dir)]
         if self.parallel:
             command += ["-j", str(self.parallel)]
         if subprocess.run(command).returncode:
-            fail("compilation failed (see above); a C++20 compiler with OpenMP is needed, e.g. g++ 11 or newer")
+            needed = "a C++20 compiler with OpenMP is needed, e.g. g++ 11 or newer"
+            needed += ", one that nvcc takes (M4KERNELS_CUDA=0 builds without CUDA)" if cuda else ""
+            fail(f"compilation failed (see above); {needed}")
 
 
 def quote(path: Path) -> str:
@@ -202,8 +214,12 @@ def quote(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-# Listing the sources lets the sdist carry them; NinjaBuild decides how each is compiled.
+def listed(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(f"csrc/**/{pattern}"))
+
+
+# Listing the files lets the sdist carry them; NinjaBuild decides how each is compiled.
 setup(
-    ext_modules=[Extension("m4kernels._C", [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.cpp"))])],
+    ext_modules=[Extension("m4kernels._C", listed("*.cpp"), depends=listed("*.h", "*.cu", "*.cuh"))],
     cmdclass={"build_ext": NinjaBuild},
 )

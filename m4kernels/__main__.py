@@ -23,7 +23,7 @@ def _backend_report(op: str, backend: str) -> str:
     if importlib.util.find_spec(f"m4kernels.ops.{op}.{backend}") is None:
         return "no: this op has no such backend yet"
     device = "cpu" if backend in ("reference", "cpp") else "cuda"
-    if device == "cuda" and not torch.cuda.is_available():
+    if backend == "triton" and not torch.cuda.is_available():
         device = "cpu"
     reason = unavailable(backend, device)
     return "yes" if reason is None else f"no: {reason}"
@@ -37,7 +37,9 @@ def main() -> None:
     if extension is None:
         print(f"extension: {_ext.ABSENT}")
     else:
-        print(f"extension: {extension.__file__}, CUDA {'built in' if extension.has_cuda else 'not built in'}")
+        archs = ", ".join(f"sm_{arch}" for arch in extension.cuda_archs.split(";"))
+        cuda = f"CUDA {extension.cuda_version} built in ({archs})" if extension.has_cuda else "CUDA not built in"
+        print(f"extension: {extension.__file__}, {cuda}")
         print(f"SIMD level: {extension.simd_level()}")
     print(f"threads: {torch.get_num_threads()}")
     if torch.cuda.is_available():

@@ -38,12 +38,52 @@ def unavailable(backend: str, device_type: str) -> str | None:
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "it runs on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set; got cpu tensors"
         return None
+    if device_type != "cuda":
+        return f"it runs on CUDA tensors, got {device_type} tensors"
     extension = _ext.load()
     if extension is None:
         return _ext.ABSENT
     if not extension.has_cuda:
         return "the extension was built without CUDA: install nvcc, then `M4KERNELS_CUDA=1 pip install -e .`"
-    return None if device_type == "cuda" else f"it runs on CUDA tensors, got {device_type} tensors"
+    return _gpu_unfit()
+
+
+@functools.cache
+def _gpu_unfit() -> str | None:
+    """Why the CUDA kernels of the extension cannot run on the current GPU; None when they can."""
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    extension = _ext.require()
+    capability = torch.cuda.get_device_capability()
+    return gpu_mismatch(extension.cuda_version, extension.cuda_archs, extension.cuda_driver_version(), capability)
+
+
+def gpu_mismatch(toolkit: str, archs: str, driver: int, capability: tuple[int, int]) -> str | None:
+    """Why kernels built with a CUDA toolkit ("13.0") for `archs` ("80;90", the last also as PTX) cannot run on a GPU.
+
+    Args:
+        toolkit: version of the toolkit.
+        archs: architectures that the kernels were built for.
+        driver: the newest CUDA that the driver supports, such as 13000 for 13.0.
+        capability: the GPU's compute capability.
+
+    Returns:
+        The reason, or None when they can run.
+    """
+    if driver // 1000 < int(toolkit.split(".")[0]):
+        return (
+            f"the extension was built with CUDA {toolkit}, but the driver supports only CUDA {driver // 1000}."
+            f"{driver % 1000 // 10}: update the driver, or build with an older toolkit"
+        )
+    built = [int(arch) for arch in archs.split(";")]
+    gpu = 10 * capability[0] + capability[1]
+    # Machine code runs on GPUs of the same major version and a minor version as high; PTX on all that are as new.
+    if any(arch // 10 == capability[0] and arch <= gpu for arch in built) or built[-1] <= gpu:
+        return None
+    return (
+        f"the extension was built for sm_{', sm_'.join(archs.split(';'))}, but the GPU is an sm_{gpu}: "
+        f"`M4KERNELS_CUDA_ARCHS={gpu} pip install -e .`"
+    )
 
 
 @functools.cache

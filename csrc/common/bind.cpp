@@ -1,5 +1,8 @@
 #include "common/bind.h"
 
+#include <pybind11/stl.h>
+
+#include "common/block_host.h"
 #include "common/pointer.h"
 #include "common/segments.h"
 #include "common/simd.h"
@@ -9,6 +12,13 @@ namespace m4k {
 void bind_simd(py::module_& m) {
     m.def("simd_level", &simd_level_name);
     m.def("set_simd_level", &set_simd_level);
+}
+
+void bind_block(py::module_& m) {
+    m.def("host_block_order", &host_block_order);
+#if M4K_CUDA
+    m.def("cuda_driver_version", &cuda_driver_version);
+#endif
 }
 
 void bind_segments(py::module_& m) {

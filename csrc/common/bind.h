@@ -10,10 +10,13 @@ using release_gil_t = py::call_guard<py::gil_scoped_release>;
 inline constexpr release_gil_t release_gil{};
 
 void bind_simd(py::module_& m);
+void bind_block(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
 void bind_segments(py::module_& m);
 void bind_cross_modal_attention(py::module_& m);
 void bind_mask_tokens(py::module_& m);
+void bind_mask_tokens_cuda(py::module_& m);
 void bind_quantize_coords(py::module_& m);
+void bind_quantize_coords_cuda(py::module_& m);
 
 }  // namespace m4k

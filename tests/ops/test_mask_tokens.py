@@ -59,7 +59,7 @@ def test_cpp_equals_reference_bit_for_bit(name: str, ragged: bool) -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("target", targets("triton"))
+@pytest.mark.parametrize("target", targets("cuda", "triton"))
 def test_equals_reference_bit_for_bit(target: Target, name: str) -> None:
     if not is_interpreted(target):
         batches = (300, 1, 0, 33)
@@ -73,7 +73,7 @@ def test_equals_reference_bit_for_bit(target: Target, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "samples", "ragged"), [("m4", 16_000, False), ("m4", 8_000, True), ("small", 84_000, True)]
 )
-@pytest.mark.parametrize("target", targets("cpp", "triton", interpreter=False))
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", interpreter=False))
 def test_equals_reference_over_100_000_samples(target: Target, name: str, samples: int, ragged: bool) -> None:
     spec = SPECS[name]
     for start in range(0, samples, 4_000):
@@ -117,7 +117,7 @@ def test_philox_known_answers() -> None:
     assert philox(pi, (0xA4093822, 0x299F31D0)) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"))
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"))
 def test_golden_hashes(target: Target) -> None:
     """Masks never change: a checkpointed run resumes with the masks it began with, on any machine."""
     rows = torch.arange(64)
@@ -171,7 +171,7 @@ def test_independent_of_thread_count() -> None:
         assert_equal(result, results[0])
 
 
-@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"))
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"))
 def test_capacity(target: Target) -> None:
     tokens, ids, lengths = make_inputs(M4, 9, ragged=True)
     keywords = {"seed": 1, "sample_ids": ids, "lengths": lengths}

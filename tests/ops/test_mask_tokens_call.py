@@ -11,10 +11,10 @@ from tests.ops.targets import targets
 Target = tuple[str, str]
 TINY = MaskingSpec((5, 17), (0.3, 2.0), (1.0, 0.05), (0, 20), (1, 30))
 # Where a length out of range raises; on CUDA an assertion on the device reports it: test_mask_tokens_cuda.py.
-ON_CPU = [parameter for parameter in targets("cpp", "triton", "reference") if parameter.values[0][1] == "cpu"]
+ON_CPU = [parameter for parameter in targets("cpp", "cuda", "triton", "reference") if parameter.values[0][1] == "cpu"]
 
 
-@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"))
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"))
 @pytest.mark.parametrize(
     "dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
 )
@@ -128,13 +128,13 @@ def op_arguments(spec: MaskingSpec, batch: int, capacity: tuple[int, int] | None
 
 
 @pytest.mark.parametrize("capacity", [None, (99, 150)])
-@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"))
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"))
 def test_opcheck(target: Target, capacity: tuple[int, int] | None) -> None:
     torch.library.opcheck(torch.ops.m4kernels.mask_tokens.default, op_arguments(TINY, 5, capacity, target))
 
 
 @pytest.mark.parametrize("capacity", [None, (99, 150)])
-@pytest.mark.parametrize("target", targets("cpp", "triton", "reference"))
+@pytest.mark.parametrize("target", targets("cpp", "cuda", "triton", "reference"))
 def test_compiles_without_graph_break(target: Target, capacity: tuple[int, int] | None) -> None:
     backend, device = target
 

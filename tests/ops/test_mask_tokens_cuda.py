@@ -9,7 +9,7 @@ import torch
 from m4kernels import MaskedBatch, mask_tokens
 from tests.ops.masking import M4, assert_equal, make_inputs, tensors
 
-BACKENDS = ("triton",)
+BACKENDS = ("cuda", "triton")
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -11,7 +11,7 @@ from m4kernels.cases import non_contiguous
 from tests.ops.targets import targets
 
 Target = tuple[str, str]
-TARGETS = targets("cpp", "triton", "reference")
+TARGETS = targets("cpp", "cuda", "triton", "reference")
 # Coordinates are meant to overflow here; NumPy, in which the interpreter computes, would mention it.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
@@ -74,13 +74,13 @@ def test_cpp_equals_reference_bit_for_bit(batch: tuple[int, ...], j: int, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "j"), BATCHES)
-@pytest.mark.parametrize("target", targets("triton"))
+@pytest.mark.parametrize("target", targets("cuda", "triton"))
 def test_equals_reference_bit_for_bit(target: Target, batch: tuple[int, ...], j: int, dtype: torch.dtype) -> None:
     check_equals_reference(target, batch, j, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("target", targets("triton", interpreter=False))
+@pytest.mark.parametrize("target", targets("cuda", "triton", interpreter=False))
 def test_equals_reference_over_100_000_samples(target: Target, dtype: torch.dtype) -> None:
     check_equals_reference(target, (100_000,), 13, dtype)
 
@@ -157,7 +157,7 @@ def test_dequantize_cpp_equals_reference(shape: tuple[int, ...], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint16, torch.int16, torch.uint8])
 @pytest.mark.parametrize("shape", TOKEN_SHAPES)
-@pytest.mark.parametrize("target", targets("triton"))
+@pytest.mark.parametrize("target", targets("cuda", "triton"))
 def test_dequantize_equals_reference(target: Target, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check_dequantize_equals_reference(target, shape, dtype)
 
@@ -203,7 +203,7 @@ def test_independent_of_thread_count() -> None:
         ({"canvas": float("nan")}, "canvas must be finite and positive"),
         ({"bins": 1}, "bins must be 2 to"),
         ({"backend": "cuda"}, "no such backend|cannot run"),
-        ({"backend": "fast"}, "backend='fast' is unknown; expected one of triton, cpp, reference"),
+        ({"backend": "fast"}, "backend='fast' is unknown; expected one of cuda, triton, cpp, reference"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:

@@ -12,7 +12,7 @@ from m4kernels.ops.mask_tokens.reference import Draw
 from m4kernels.ops.mask_tokens.spec import MaskingSpec
 from m4kernels.segments import MaskedBatch, PackedTokens, Segments
 
-dispatcher = Dispatcher("mask_tokens", ("triton", "cpp", "reference"))
+dispatcher = Dispatcher("mask_tokens", ("cuda", "triton", "cpp", "reference"))
 
 
 def mask_tokens(
@@ -44,7 +44,7 @@ def mask_tokens(
         capacity: (encoder, decoder) packed lengths to fill up to, so that shapes do not depend on data. The tail
             belongs to no sample: ids 0, targets -100, positions and modalities 0. Without it a GPU is waited for, and
             torch.compile needs torch._dynamo.config.capture_dynamic_output_shape_ops = True.
-        backend: "triton", "cpp" or "reference"; default the fastest that can run.
+        backend: "cuda", "triton", "cpp" or "reference"; default the fastest that can run.
 
     Returns:
         Encoder (inputs) and decoder (targets): ids, positions, modalities int64 (T,), in every sample ordered by

@@ -11,7 +11,7 @@ from m4kernels.dispatch import Dispatcher
 
 MAX_BINS = 2**24  # the largest range of integers that float32 holds exactly
 
-dispatcher = Dispatcher("quantize_coords", ("triton", "cpp", "reference"))
+dispatcher = Dispatcher("quantize_coords", ("cuda", "triton", "cpp", "reference"))
 
 
 def quantize_coords(
@@ -37,7 +37,7 @@ def quantize_coords(
         offset: floating, canvas units; default 0.
         canvas: side of the canvas, in canvas units.
         bins: number of quantisation bins an axis, 2 to 2**24.
-        backend: "triton", "cpp" or "reference"; default the fastest that can run. All agree bit for bit.
+        backend: "cuda", "triton", "cpp" or "reference"; default the fastest that can run. All agree bit for bit.
 
     Returns:
         int64 (..., 3 * J): all x tokens, then all y tokens, then visibility 0 or 1.
@@ -61,7 +61,7 @@ def dequantize_coords(
         tokens: integer, all x, then all y, then visibility.
         canvas: side of the canvas, in canvas units.
         bins: number of quantisation bins an axis, 2 to 2**24.
-        backend: "triton", "cpp" or "reference"; default the fastest that can run. All agree bit for bit.
+        backend: "cuda", "triton", "cpp" or "reference"; default the fastest that can run. All agree bit for bit.
 
     Returns:
         (xy float32 (..., J, 2) in canvas units, visible bool (..., J)).
