@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
@@ -31,9 +33,7 @@ def for_each(what: str, work: Callable[[Job], None], jobs: Sequence[Job], worker
             return
         # A fresh interpreter each: forking a process whose OpenMP threads have run can hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            min(workers, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_start_worker) as pool:
             try:
                 # Ctrl-C reaches the whole group, and the parent alone decides what is dropped: workers start here, and
                 # inherit the mask.
@@ -49,3 +49,16 @@ def for_each(what: str, work: Callable[[Job], None], jobs: Sequence[Job], worker
                 # Waiting here, since leaving the pool at once would take the cancellation back.
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _start_worker() -> None:
+    """One thread a worker, and none outlives the parent: what it was writing is a temporary file, so it may stop."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
