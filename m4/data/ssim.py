@@ -1,9 +1,9 @@
 """Decides as scikit-image's ``structural_similarity`` would, at a fraction of its time.
 
-SSIM is that of scikit-image with ``data_range=255``: 7x7 uniform window, unbiased variances, mean over the windows that
-lie wholly in the frame (Wang et al., 2004). The window sums of 8-bit values are exact in 32-bit integers, and so are the
-numerators of means, variances and covariance; only the last quotient is taken in single precision. So the error has a
-bound (`_BOUND`), and a value nearer to the threshold than that is settled by scikit-image itself.
+SSIM is that of scikit-image with ``data_range=255``: 7x7 uniform window, unbiased variances, mean over the windows
+that lie wholly in the frame (Wang et al., 2004). The window sums of 8-bit values are exact in 32-bit integers, and so
+are the numerators of means, variances and covariance; only the last quotient is taken in single precision. So the error
+has a bound (`_BOUND`), and a value nearer to the threshold than that is settled by scikit-image itself.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def _window_sums(values: np.ndarray, width: int, dtype: type) -> np.ndarray:
     ``dtype`` must hold 49 of the values. Result (len - 6 * width - 6,).
     """
     count = len(values)
-    pairs, sums = np.empty(count, dtype), np.empty(count, dtype)
+    pairs: np.ndarray = np.empty(count, dtype)
+    sums: np.ndarray = np.empty(count, dtype)
     for step in (width, 1):
         end = count - 6 * step
         np.add(values[: count - step], values[step:count], out=pairs[: count - step], dtype=dtype)

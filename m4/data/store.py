@@ -19,7 +19,8 @@ import torch
 
 from m4.data.errors import DataError, data_error
 from m4.data.files import writable_folder, write_atomically
-from m4.data.layout import TokenReader, find_pids, token_file
+from m4.data.layout import find_pids, token_file
+from m4.data.reading import read_rows
 
 _VERSION = 1
 _MAX_VOCAB = 2**16
@@ -57,11 +58,12 @@ def open_store(
 ) -> TokenStore:
     """Open the packed store of ``split``, building it first if it is absent or out of date.
 
-    The cache lies in ``{root}/.cache`` unless ``cache_dir`` is given. Readable token files are integer .npy arrays of
-    any width: flat, of any shape with max_seq_lens[m] values, or with a leading augmentation axis, of which the first
-    entry is taken (the log says so). Raises DataError (a ValueError) naming the file or argument: a missing or empty
-    root, split or modality, a modality without one of the pids, a wrong length, a token outside [0, vocab_sizes[m]), a
-    cache folder that cannot be written.
+    The cache lies in ``{root}/.cache`` unless ``cache_dir`` is given. Readable token files are .npy arrays under any
+    name: integers of any width, flat, of any shape with max_seq_lens[m] values, or with a leading augmentation axis, of
+    which the first entry is taken; joints also as floats in [0, 1]. The log says what was assumed; what is recognised
+    as made by other rules is refused (`m4.data.reading`). Raises DataError (a ValueError) naming the file or argument:
+    a missing, empty or unfinished root, split or modality, a modality without one of the pids, a wrong length, a token
+    outside [0, vocab_sizes[m]), a cache folder that cannot be written.
     """
     root = Path(root)
     modalities, max_seq_lens = list(modalities), [int(length) for length in max_seq_lens]
@@ -91,7 +93,7 @@ def open_store(
     index_path = folder / f"{split}-{layout.hexdigest()[:16]}.json"
     index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
     if index is None:
-        index = _build(index_path, files, pids, modalities, max_seq_lens, stamp)
+        index = _build(root, index_path, files, pids, modalities, max_seq_lens, vocab_sizes, stamp)
     for modality, size, (largest, row) in zip(modalities, vocab_sizes, index["largest"], strict=True):
         if largest >= size:
             raise data_error(
@@ -137,11 +139,13 @@ def _read_index(path: Path, stamp: str, values: int) -> dict | None:
 
 
 def _build(
+    root: Path,
     index_path: Path,
     files: dict[str, list[str]],
     pids: list[str],
     modalities: list[str],
     max_seq_lens: list[int],
+    vocab_sizes: list[int],
     stamp: str,
 ) -> dict:
     folder = index_path.parent
@@ -157,11 +161,10 @@ def _build(
     packed = np.empty((len(pids), sum(max_seq_lens)), dtype=np.uint16)
     largest = []
     start = 0
-    for modality, length in zip(modalities, max_seq_lens, strict=True):
-        reader = TokenReader(length)
-        rows = np.stack([reader.read(path) for path in files[modality]])
-        if reader.augmented:
-            _log.info("%s: files with an augmentation axis; the first entry of each is used", modality)
+    for modality, length, vocab_size in zip(modalities, max_seq_lens, vocab_sizes, strict=True):
+        rows, notes = read_rows(root, modality, files[modality], length, vocab_size)
+        for note in notes:
+            _log.info("%s: %s", modality, note)
         row = int(rows.max(axis=1).argmax())
         largest.append((int(rows[row].max()), row))
         low = int(rows.min(axis=1).argmin())

@@ -7,14 +7,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 Job = TypeVar("Job")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def for_each(what: str, work: Callable[[Job], None], jobs: Sequence[Job], workers: int, progress: bool = True) -> None:
@@ -39,7 +41,8 @@ def for_each(what: str, work: Callable[[Job], None], jobs: Sequence[Job], worker
                 # inherit the mask.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
-                    futures = [pool.submit(work, job) for job in jobs]
+                    with _one_thread_each():
+                        futures = [pool.submit(work, job) for job in jobs]
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 for done in as_completed(futures):
@@ -49,6 +52,21 @@ def for_each(what: str, work: Callable[[Job], None], jobs: Sequence[Job], worker
                 # Waiting here, since leaving the pool at once would take the cancellation back.
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started meanwhile have one thread for numpy's linear algebra, which is not to be had otherwise."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start_worker() -> None:
