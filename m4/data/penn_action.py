@@ -124,7 +124,10 @@ def read_label(path: str | os.PathLike) -> Label:
             actual=f"no {', '.join(missing)}",
             remedy=_BAD_FILE,
         )
-    frames = int(_numbers(path, fields, "nframes", shape=(1,))[0])
+    count = float(_numbers(path, fields, "nframes", shape=(1,))[0])
+    if not count.is_integer() or count < 1:
+        raise data_error(path, expected="a whole number of frames in nframes", actual=count, remedy=_BAD_FILE)
+    frames = int(count)
     dimensions = _numbers(path, fields, "dimensions", shape=(3,))
     if not np.isfinite(dimensions).all() or dimensions.min() < 1 or dimensions[2] != frames:
         raise data_error(
