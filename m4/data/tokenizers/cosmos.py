@@ -109,7 +109,7 @@ class CosmosTokenizer:
                 return module(argument)
         except torch.cuda.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             raise data_error(
                 self.folder / name,
                 expected=f"a module that takes {_describe(argument)} on {self.device}",
