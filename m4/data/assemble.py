@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,22 @@ def pack_video(arrays: dict[str, np.ndarray]) -> bytes:
             np.save(content, array)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
     return buffer.getvalue()
+
+
+def load_video(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that `pack_video` packed. Raises DataError for a damaged file, FileNotFoundError for none."""
+    try:
+        with np.load(path) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise data_error(
+            path,
+            expected="the tokens of a video",
+            actual=f"a damaged file ({error})",
+            remedy="Run python -m m4.data prepare again: it makes this video anew.",
+        ) from error
 
 
 @contextmanager
@@ -118,8 +135,7 @@ def _write_samples(stage: Path, done: Path, record: dict, names: list[str]) -> t
 
     number = 0
     for name in names:
-        with np.load(video_path(done, name)) as arrays:
-            columns = {key: arrays[key] for key in arrays.files}
+        columns = load_video(video_path(done, name))
         for row, (reference, successor) in enumerate(columns["pairs"].tolist()):
             pid = f"{number:06d}"
             table.writerow((pid, name, reference, successor))

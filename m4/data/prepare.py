@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from m4.data.assemble import VIDEOS, assemble, locked, pack_video, video_path
+from m4.data.assemble import VIDEOS, assemble, load_video, locked, pack_video, video_path
 from m4.data.errors import DataError, data_error
 from m4.data.files import writable_folder, write_atomically
 from m4.data.layout import SPLITS
@@ -98,11 +99,11 @@ def merge(
     done = out / VIDEOS
     if not (done / _CLAIM).is_file() or not (done / _LIST).is_file():
         return None
-    claim = json.loads((done / _CLAIM).read_text())
+    claim = _read(done / _CLAIM)
     given = {"seed": seed, "split_unit": unit}
     claim["options"] |= {key: value for key, value in given.items() if value is not None}
     write_atomically(done / _CLAIM, json.dumps(claim, indent=1).encode())
-    names = json.loads((done / _LIST).read_text())
+    names = _read(done / _LIST)
     missing = [name for name in names if not (video_path(done, name).exists() or _bad_path(done, name).exists())]
     if missing:
         raise data_error(
@@ -130,7 +131,7 @@ def _finish(out: Path, where: Path, names: list[str], fractions: Sequence[float]
             )
         if len(usable) + len(bad) < len(names):
             return Summary(len(usable), 0, bad, {}, complete=False, fresh=True)
-        claim = json.loads((done / _CLAIM).read_text())
+        claim = _read(done / _CLAIM)
         meta, fresh = assemble(out, claim["options"], claim["tokenizer"], usable, fractions)
         for left in done.glob(".*.tmp"):  # of runs that were killed
             left.unlink(missing_ok=True)
@@ -151,7 +152,7 @@ def _claim(out: Path, options: PrepareOptions, tokenizer: dict) -> None:
                 remedy="Choose another --out.",
             )
     else:
-        before, now = _deciding(json.loads(path.read_text())), _deciding(claim)
+        before, now = _deciding(_read(path)), _deciding(claim)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
             raise data_error(
@@ -161,6 +162,15 @@ def _claim(out: Path, options: PrepareOptions, tokenizer: dict) -> None:
                 remedy="Choose another --out, or delete this folder.",
             )
     write_atomically(path, json.dumps(claim, indent=1).encode())
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise data_error(
+            path, expected="JSON", actual=str(error), remedy=f"Delete {path.parent.parent} and prepare the data again."
+        ) from error
 
 
 def _deciding(claim: dict) -> dict:
@@ -174,14 +184,13 @@ def _deciding(claim: dict) -> dict:
 def _is_done(source: Path, done: Path, name: str) -> bool:
     """Whether the tokens of a video are there, of the video as it is now."""
     try:
-        with np.load(video_path(done, name)) as arrays:
-            before = str(arrays["source"]) if "source" in arrays.files else None
-    except FileNotFoundError:
+        arrays = load_video(video_path(done, name))
+    except (FileNotFoundError, DataError):
         return False
-    if before is None:
+    if "source" not in arrays:
         return True
     try:
-        return _stamp(source, open_video(source, name)) == before
+        return _stamp(source, open_video(source, name)) == str(arrays["source"])
     except DataError:
         # A source that is gone is no changed source: frames may be deleted once their tokens are made.
         return not (source / "frames" / name).is_dir()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -192,11 +193,25 @@ def test_a_full_disk_is_named_and_nothing_is_lost(videos, prepared, tmp_path, tr
 
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "File too large" in done.stderr.splitlines()[-1]
+    assert re.match(r"error: .*/\.videos/000\d\.npz: File too large", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
     assert not list(out.glob(".videos/*.npz"))
     prepare(videos, out, progress=False)
     assert tree(out) == tree(prepared)
+
+
+def test_damaged_work_is_done_again_or_named(videos, prepared, tmp_path, tree):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    damaged = out / ".videos/0003.npz"
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    with pytest.raises(DataError, match=r"0003\.npz: expected the tokens of a video, found a damaged file"):
+        merge(out, seed=8)
+    prepare(videos, out, progress=False)
+    assert tree(out) == tree(prepared)
+    (out / ".videos/options.json").write_text("{")
+    with pytest.raises(DataError, match=r"options\.json: expected JSON"):
+        prepare(videos, out, progress=False)
 
 
 def test_killed_and_resumed(videos, prepared, tmp_path, tree):
