@@ -94,6 +94,8 @@ def open_store(
     index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
     if index is None:
         index = _build(root, index_path, files, pids, modalities, max_seq_lens, vocab_sizes, stamp)
+    for note in index.get("notes", ()):  # what was assumed, whenever it is relied on
+        _log.info("%s", note)
     for modality, size, (largest, row) in zip(modalities, vocab_sizes, index["largest"], strict=True):
         if largest >= size:
             raise data_error(
@@ -160,11 +162,11 @@ def _build(
         ) from error
     packed = np.empty((len(pids), sum(max_seq_lens)), dtype=np.uint16)
     largest = []
+    said: list[str] = []
     start = 0
     for modality, length, vocab_size in zip(modalities, max_seq_lens, vocab_sizes, strict=True):
         rows, notes = read_rows(root, modality, files[modality], length, vocab_size)
-        for note in notes:
-            _log.info("%s: %s", modality, note)
+        said += [f"{modality}: {note}" for note in notes]
         row = int(rows.max(axis=1).argmax())
         largest.append((int(rows[row].max()), row))
         low = int(rows.min(axis=1).argmin())
@@ -182,7 +184,7 @@ def _build(
     digest.update(packed.astype("<u2").tobytes())
     fingerprint = digest.hexdigest()
     data = f"{index_path.stem}-{fingerprint[:16]}.u16"
-    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest}
+    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest, "notes": said}
     write_atomically(folder / data, packed.tobytes())
     write_atomically(index_path, json.dumps(index).encode())
     for old in folder.glob(f"{index_path.stem}-*.u16"):
