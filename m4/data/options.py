@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from m4.data.captions import CAPTIONS
+from m4.data.captions import BLIP, CAPTIONS
 from m4.data.devices import DTYPES, default_device, default_dtype
 from m4.data.errors import data_error
 from m4.data.framing import FRAMINGS
@@ -49,11 +50,13 @@ class PrepareOptions:
             )
 
     def record(self) -> dict:
-        """What decides the content of the samples, for meta.json; where weights lie does not."""
+        """What decides the content of the samples, for meta.json; of weights their name, not where they lie."""
         fields = asdict(self)
         del fields["cosmos_dir"], fields["blip_dir"]
         if self.tokenizer == "cosmos":
             fields["cosmos_dtype"] = self.cosmos_dtype or default_dtype(default_device())
         else:
             del fields["cosmos_dtype"]
+        if self.captions == "blip":
+            fields["blip"] = BLIP if self.blip_dir is None else Path(self.blip_dir).name
         return fields

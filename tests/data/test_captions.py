@@ -93,6 +93,8 @@ def test_reference_frames_are_captioned_in_batches_from_the_cache(videos, tmp_pa
     assert set(written) == {"a frame 161 wide"}
     assert set(fake.asked) == {("Salesforce/blip-image-captioning-base", True)}
     assert sum(fake.batches) == len(written)
+    options = json.loads((tmp_path / "out/meta.json").read_text())["options"]
+    assert (options["captions"], options["blip"]) == ("blip", "Salesforce/blip-image-captioning-base")
     assert len(fake.batches) <= 5  # one a video
 
 
