@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from m4.data.captions import CAPTIONS
 from m4.data.clips import SynthOptions
+from m4.data.devices import DTYPES
 from m4.data.framing import FRAMINGS
-from m4.data.inspect import draw_sheet, statistics
+from m4.data.inspect import describe, read_all
 from m4.data.options import PrepareOptions
 from m4.data.pairs import SSIM_THRESHOLD
-from m4.data.prepare import Summary, prepare
+from m4.data.prepare import Summary, merge, prepare
 from m4.data.sample import SAMPLE_VIDEOS, make_sample
-from m4.data.split import UNITS, split_output_dataset
+from m4.data.sheet import compare_with_frames, sheet_of, tokenizer_for
+from m4.data.split import FRACTIONS, UNITS, split_output_dataset
 from m4.data.synth import synthesize
 from m4.data.tokenizers import TOKENIZERS
 
@@ -30,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenProcessPool as error:
         return _fail(f"a worker process died ({error}); free some memory or lower --workers, and run this again")
     except OSError as error:
-        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+        # A full disk does not say for which file.
+        where = error.filename or getattr(options, "out", None) or getattr(options, "root", "input/output")
+        return _fail(f"{where}: {error.strerror or error}")
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -61,13 +66,30 @@ def _prepare(options: argparse.Namespace) -> None:
     settings = PrepareOptions(
         tokenizer=options.tokenizer,
         cosmos_dir=options.cosmos_dir,
+        cosmos_dtype=options.cosmos_dtype,
+        blip_dir=options.blip_dir,
         captions=options.captions,
         framing=options.framing,
         ssim_threshold=options.ssim_threshold,
         split_unit=options.split_unit,
         seed=options.seed,
     )
-    _report(prepare(options.penn_action, options.out, settings, options.workers, options.shard), options.out)
+    shard = options.shard or _rank()
+    _report(prepare(options.penn_action, options.out, settings, options.workers, shard), options.out)
+
+
+def _rank() -> tuple[int, int]:
+    """This process's shard under torchrun, else the whole."""
+    try:
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise ValueError(
+            f"RANK and WORLD_SIZE: expected numbers, found {os.environ.get('RANK')!r} and "
+            f"{os.environ.get('WORLD_SIZE')!r}. Unset them, or name the shard with --shard i/n."
+        ) from None
+    if world > 1:
+        logging.getLogger(__name__).info("shard %d/%d, as torchrun's RANK and WORLD_SIZE say", rank, world)
+    return rank, world
 
 
 def _report(summary: Summary, out: Path) -> None:
@@ -76,23 +98,46 @@ def _report(summary: Summary, out: Path) -> None:
         state = "" if summary.fresh else " (already there)"
         print(f"{summary.pairs} pairs of {summary.videos} videos in {out}{state}: {splits}")
     else:
-        print(f"this shard is done: {summary.videos} videos are ready; the last shard to finish lays out the samples")
-    if summary.bad:
-        print(f"{len(summary.bad)} bad videos were left out (run again once they are mended):")
-        for name, reason in summary.bad.items():
+        print(
+            f"this shard is done: {summary.videos} videos are ready. The last shard to finish lays out the samples; "
+            f"so does python -m m4.data split {out}"
+        )
+    _report_bad(summary.bad)
+
+
+def _report_bad(bad: dict[str, str]) -> None:
+    if bad:
+        print(f"{len(bad)} bad videos were left out (run again once they are mended):")
+        for name, reason in bad.items():
             print(f"  {name}: {reason}")
 
 
 def _split(options: argparse.Namespace) -> None:
-    totals = split_output_dataset(options.root, options.fractions, options.seed, options.unit)
+    summary = merge(options.root, options.fractions, options.seed, options.unit)
+    if summary is not None:
+        totals = summary.splits
+    else:
+        seed = 42 if options.seed is None else options.seed
+        totals = split_output_dataset(options.root, options.fractions, seed, options.unit or "video")
     print(", ".join(f"{split} {count}" for split, count in totals.items()))
+    _report_bad(summary.bad if summary else {})
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    print(statistics(options.root))
-    path = options.sheet or Path(options.root) / "contact_sheet.png"
-    draw_sheet(options.root, options.samples, options.cosmos_dir).save(path)
-    print(f"contact sheet: {path}")
+    root = Path(options.root)
+    splits = read_all(root)
+    print(describe(root, splits))
+    source = options.penn_action or (root / "videos" if (root / "videos/frames").is_dir() else None)
+    if source is None and options.no_sheet:
+        return
+    tokenizer = tokenizer_for(root, options.tokenizer, options.cosmos_dir)
+    if source is not None:
+        for line in compare_with_frames(root, splits, source, options.samples, tokenizer):
+            print(line)
+    if not options.no_sheet:
+        path = options.sheet or root / "contact_sheet.png"
+        sheet_of(root, splits, options.samples, tokenizer).save(path)
+        print(f"contact sheet: {path}")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -124,27 +169,32 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--penn-action", type=Path, required=True, help="folder with frames/ and labels/")
     make.add_argument("--out", type=Path, required=True)
     make.add_argument("--tokenizer", choices=TOKENIZERS, default="fsq")
-    make.add_argument("--cosmos-dir", help="folder with encoder.jit and decoder.jit")
+    make.add_argument("--cosmos-dir", help="folder with encoder.jit and decoder.jit; default the Hugging Face cache")
+    make.add_argument("--cosmos-dtype", choices=DTYPES, help="default bf16 on a GPU, fp32 on a CPU")
     make.add_argument("--captions", choices=CAPTIONS, default="label")
+    make.add_argument("--blip-dir", help="folder with BLIP and its processor; default the Hugging Face cache")
     make.add_argument("--framing", choices=FRAMINGS, default="subject")
     make.add_argument("--ssim-threshold", type=float, default=SSIM_THRESHOLD)
     make.add_argument("--split-unit", choices=UNITS, default="video")
     make.add_argument("--seed", type=int, default=42)
     make.add_argument("--workers", type=int, default=1)
-    make.add_argument("--shard", type=_shard, default=(0, 1), help="i/n, i from 0: do every n-th video")
+    make.add_argument("--shard", type=_shard, help="i/n, i from 0: do every n-th video; default torchrun's rank")
     make.set_defaults(run=_prepare)
 
-    split = commands.add_parser("split", help="divide samples into train, eval and test anew")
+    split = commands.add_parser("split", help="merge shards, or divide samples into train, eval and test anew")
     split.add_argument("root", type=Path)
-    split.add_argument("--fractions", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "EVAL", "TEST"))
-    split.add_argument("--seed", type=int, default=42)
-    split.add_argument("--unit", choices=UNITS, default="video")
+    split.add_argument("--fractions", type=float, nargs=3, default=FRACTIONS, metavar=("TRAIN", "EVAL", "TEST"))
+    split.add_argument("--seed", type=int, help="default: that of prepare, or 42")
+    split.add_argument("--unit", choices=UNITS, help="default: that of prepare, or video")
     split.set_defaults(run=_split)
 
     inspect = commands.add_parser("inspect", help="print statistics and draw a contact sheet")
     inspect.add_argument("root", type=Path)
     inspect.add_argument("--sheet", type=Path, help="default ROOT/contact_sheet.png")
-    inspect.add_argument("--samples", type=int, default=12)
+    inspect.add_argument("--no-sheet", action="store_true", help="statistics only")
+    inspect.add_argument("--samples", type=int, default=12, help="samples on the sheet and compared with frames")
+    inspect.add_argument("--penn-action", type=Path, help="the videos, to compare with; default ROOT/videos if there")
+    inspect.add_argument("--tokenizer", choices=TOKENIZERS, help="default that of meta.json, or fsq")
     inspect.add_argument("--cosmos-dir", help="folder with decoder.jit, for data made with cosmos")
     inspect.set_defaults(run=_inspect)
 

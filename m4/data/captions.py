@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from PIL import Image
 
+from m4.data.devices import DTYPES, default_device, default_dtype
 from m4.data.errors import data_error
 from m4.data.penn_action import Label
 
 CAPTIONS = ("label", "blip", "none")
 BLIP = "Salesforce/blip-image-captioning-base"
+_log = logging.getLogger(__name__)
 
 _DOING = {
     "baseball_pitch": "pitching a baseball",
@@ -40,9 +46,15 @@ def label_caption(label: Label) -> str:
 
 
 class BlipCaptioner:
-    """Captions by BLIP through transformers. Raises DataError where the library or the weights are not at hand."""
+    """Captions by BLIP through transformers; bfloat16 on a GPU, float32 on a CPU.
 
-    def __init__(self, model: str = BLIP):
+    model: a folder with the model and its processor, or the name of a Hugging Face repository, whose cached copy is
+    used without asking the network; only what is not cached is downloaded. device: default this process's GPU, else
+    the CPU. Raises DataError where the library or the weights are not at hand.
+    """
+
+    def __init__(self, model: str | os.PathLike | None = None, device: str | torch.device | None = None):
+        model = BLIP if model is None else os.fspath(model)
         try:
             from transformers import BlipForConditionalGeneration, BlipProcessor
         except ImportError as error:
@@ -52,22 +64,37 @@ class BlipCaptioner:
                 actual=str(error),
                 remedy="pip install 'm4kernels[blip]', or use --captions label.",
             ) from error
+        self.device = default_device() if device is None else torch.device(device)
+        self.dtype = DTYPES[default_dtype(self.device)]
         try:
-            self._processor = BlipProcessor.from_pretrained(model)
-            self._model = BlipForConditionalGeneration.from_pretrained(model).eval()
+            try:
+                self._processor, network = _load(BlipProcessor, BlipForConditionalGeneration, model, offline=True)
+            except OSError:
+                if os.path.isdir(model):
+                    raise
+                _log.info("%s is not in the Hugging Face cache; downloading it", model)
+                self._processor, network = _load(BlipProcessor, BlipForConditionalGeneration, model, offline=False)
         except (OSError, ValueError) as error:
             raise data_error(
                 f"--captions blip ({model})",
-                expected="BLIP's weights",
-                actual=str(error).splitlines()[0],
-                remedy="Download them once with network access (huggingface-cli download), or use --captions label.",
+                expected="BLIP's weights and processor",
+                actual=(str(error).strip() or type(error).__name__).splitlines()[0],
+                remedy=f"With network access, once: `huggingface-cli download {BLIP}` (or --local-dir DIR, and then "
+                "--blip-dir DIR); or use --captions label.",
             ) from error
+        self._network = network.eval().to(self.device, self.dtype)
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption an image (RGB), by greedy search."""
-        import torch
-
+        """One caption an image (RGB), by greedy search; the images go through the model together."""
+        if not images:
+            return []
         inputs = self._processor(images=list(images), return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.device, self.dtype)
         with torch.inference_mode():
-            output = self._model.generate(**inputs, max_new_tokens=30)
+            output = self._network.generate(pixel_values=pixels, max_new_tokens=30, num_beams=1, do_sample=False)
         return [text.strip() for text in self._processor.batch_decode(output, skip_special_tokens=True)]
+
+
+def _load(processor: Any, network: Any, model: str, offline: bool) -> tuple[Any, Any]:
+    options = {"local_files_only": True} if offline else {}
+    return processor.from_pretrained(model, **options), network.from_pretrained(model, **options)

@@ -39,7 +39,7 @@ class SynthOptions:
     people: int | None = None
     steady: bool = False
     fps: float = 20.0
-    noise: float = 1.6
+    noise: float = 2.0
 
 
 @dataclass(frozen=True, eq=False)

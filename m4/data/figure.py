@@ -37,6 +37,7 @@ _PROP_COLORS = {
     "club": (70, 70, 76),
     "racket": (205, 60, 60),
     "barbell": (52, 54, 60),
+    "bench": (58, 46, 44),
     "bar": (120, 122, 128),
     "guitar": (168, 92, 36),
     "rope": (238, 232, 214),
@@ -148,6 +149,9 @@ class _Painter:
             near = float(self.depth[part[0]] + self.depth[part[1]]) / 2
             jobs.append((near + part[5], partial(self.limb, part, near - middle)))
         jobs.append((float(self.depth[0]) + 0.02, self.head))
+        if prop == "bench":
+            jobs.append((-np.inf, self.bench))
+            prop = "barbell"
         if prop is not None:
             nearest = float(max(self.depth[L_HAND], self.depth[R_HAND])) + 0.05
             behind = prop in ("bar", "barbell")
@@ -223,6 +227,17 @@ class _Painter:
                 if facing > 0.02 or side * float(across @ ahead) > 0:
                     eye = face + across * radius * side + up * radius * 0.12
                     self.disc(eye, radius * 0.11, shade(self.outfit.hair, 0.5))
+
+    def bench(self) -> None:
+        """Under a lying trunk, as seen from beside it."""
+        if not self.known[[0, 7, 8]].all():
+            return
+        head, hips = self.points[0], (self.points[7] + self.points[8]) / 2
+        color, down = _PROP_COLORS["bench"], np.array([0.0, 1.0]) * self.unit
+        self.capsule(head + 0.085 * down, hips + 0.085 * down, 0.022, 0.022, color)
+        for share in (0.12, 0.88):
+            foot = head * (1 - share) + hips * share
+            self.capsule(foot + 0.09 * down, foot + 0.235 * down, 0.014, 0.014, shade(color, 0.8))
 
     def prop(self, kind: str) -> None:
         p, known, color = self.points, self.known, _PROP_COLORS[kind]

@@ -9,7 +9,10 @@ from m4.data.errors import data_error
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader, or a run killed half-way, never sees a part of it."""
+    """Write ``content`` to ``path`` so that a reader, or a run killed half-way, never sees a part of it.
+
+    Raises OSError naming ``path``, for instance for a full disk.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -18,6 +21,9 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A full disk does not say for which file.
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,28 +1,47 @@
-"""The token layout on disk: ``{root}/{split}/{modality}/{pid}/{file}``, and reading it into rows."""
+"""The token layout on disk: ``{root}/{split}/{modality}/{pid}/{file}``, and what its meta.json says."""
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from m4.data.errors import DataError, data_error
 
+FORMAT = "m4-tokens-v1"
 SPLITS = ("train", "eval", "test")
+NUM_JOINTS = 13
+BINS = 8192  # of joint coordinates, per axis
+SHAPES = {"tok_rgb": (16, 16), "coords": (3, NUM_JOINTS), "tok_rgb_next": (16, 16), "coords_next": (3, NUM_JOINTS)}
+# Present while samples are being moved: what stands below the root then is neither the old nor the new layout.
+UNFINISHED = ".unfinished"
 _BAD_TOKENS = "Prepare this sample again: python -m m4.data prepare."
 
 
 def find_splits(root: Path) -> list[str]:
-    """The splits present under ``root``. Raises DataError for a root that is missing or holds none."""
+    """The splits present under ``root``. Raises DataError for a root that is missing, unfinished or holds none."""
     if not root.is_dir():
         raise data_error(
             root,
             expected="a data root",
             actual="no such folder",
             remedy="Check data.root, or set it to null for the embedded sample set.",
+        )
+    if (root / UNFINISHED).exists():
+        raise data_error(
+            root,
+            expected="a finished data set",
+            actual=f"one whose samples are being laid out, or were when a run was cut off ({UNFINISHED})",
+            remedy="Wait for that run, or give its command again: python -m m4.data prepare or split.",
+        )
+    if (root / ".videos").is_dir() and not (root / "meta.json").exists():
+        raise data_error(
+            root,
+            expected="a finished data set with its meta.json",
+            actual="videos that are not laid out yet",
+            remedy="Finish it: python -m m4.data prepare, or python -m m4.data split ROOT once all shards are done.",
         )
     found = [split for split in SPLITS if (root / split).is_dir()]
     if not found:
@@ -33,6 +52,34 @@ def find_splits(root: Path) -> list[str]:
             remedy="Make the data: python -m m4.data prepare --out ROOT, or python -m m4.data split ROOT.",
         )
     return found
+
+
+def read_meta(root: Path) -> dict:
+    """The content of ``root``'s meta.json; {} where there is none, or one that this package did not write.
+
+    Raises DataError for a damaged file, or one of another version of the format.
+    """
+    path = root / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise data_error(path, expected="JSON", actual=str(error), remedy="Prepare the data again.") from error
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if not isinstance(found, str) or not found.startswith("m4-tokens-"):
+        return {}
+    if found != FORMAT:
+        raise data_error(path, expected=f"format {FORMAT}", actual=found, remedy="Prepare the data again.")
+    return meta
+
+
+def content_digest(digests: Mapping[tuple[str, str], bytes]) -> str:
+    """The content fingerprint of a data set, wherever its samples lie: of (modality, pid) → SHA-256 of the file."""
+    total = hashlib.sha256()
+    for (modality, pid), digest in sorted(digests.items()):
+        total.update(f"{modality}/{pid}\0".encode() + digest)
+    return total.hexdigest()
 
 
 def find_pids(root: Path, split: str, modalities: Sequence[str]) -> list[str]:
@@ -92,53 +139,17 @@ def token_file(folder: Path) -> os.DirEntry:
     return files[0]
 
 
-class TokenReader:
-    """Reads .npy token files into flat int64 rows of one length; headers seen before are not parsed again."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.augmented = 0  # files with a leading augmentation axis, of which the first entry was taken
-        self._headers: dict[bytes, tuple[np.dtype, tuple[int, ...], bool]] = {}
-
-    def read(self, path: str | os.PathLike) -> np.ndarray:
-        """The tokens of one file, (length,). Raises DataError naming the file."""
-        with open(path, "rb") as file:
-            content = file.read()
-        header_end = 10 + int.from_bytes(content[8:10], "little")
-        header = content[:header_end]
-        if header not in self._headers:
-            self._headers[header] = self._parse(path, content)
-        dtype, shape, fortran = self._headers[header]
-        count = int(np.prod(shape))
-        if len(content) < header_end + count * dtype.itemsize:
-            raise data_error(
-                path, expected=f"{count} values of {dtype}", actual=f"{len(content)} bytes", remedy=_BAD_TOKENS
-            )
-        values = np.frombuffer(content, dtype, count, header_end)
-        if fortran:
-            values = values.reshape(shape, order="F").ravel()
-        return values[: self.length]
-
-    def _parse(self, path: str | os.PathLike, content: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
-        stream = io.BytesIO(content)
-        try:
-            if np.lib.format.read_magic(stream) != (1, 0):
-                raise ValueError("a version other than 1.0")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        except (ValueError, EOFError, SyntaxError, TypeError) as error:
-            raise data_error(path, expected="a .npy file of integers", actual=str(error), remedy=_BAD_TOKENS) from error
-        if dtype.kind not in "iub":
-            raise data_error(path, expected="integers", actual=f"dtype {dtype}", remedy=_BAD_TOKENS)
-        if int(np.prod(shape)) != self.length:
-            if len(shape) < 2 or shape[0] < 1 or int(np.prod(shape[1:])) != self.length:
-                raise data_error(
-                    path,
-                    expected=f"{self.length} tokens, or an augmentation axis before them",
-                    actual=f"shape {shape}",
-                    remedy="Correct max_seq_lens, or prepare this sample again.",
-                )
-            self.augmented += 1
-        return dtype, shape, fortran
-
-
-__all__ = ["SPLITS", "DataError", "TokenReader", "find_pids", "find_splits", "token_file"]
+__all__ = [
+    "BINS",
+    "FORMAT",
+    "NUM_JOINTS",
+    "SHAPES",
+    "SPLITS",
+    "UNFINISHED",
+    "DataError",
+    "content_digest",
+    "find_pids",
+    "find_splits",
+    "read_meta",
+    "token_file",
+]

@@ -48,7 +48,8 @@ def _swing(back: dict, address: dict, finish: dict) -> tuple[dict, ...]:
 
 _STANCE = dict(leg_flex=22, knee=28, leg_abd=12, bend=22)
 _SQUAT = dict(leg_flex=105, knee=118, leg_abd=18, bend=38, foot=-15)
-_LYING = dict(pitch=-90, leg_flex=72, knee=85, leg_abd=10, lift=0.2)
+_LYING = dict(pitch=-90, leg_flex=6, knee=92, leg_abd=14)  # on a bench, feet on the floor
+_STRUM = dict(l_arm_flex=33, l_elbow=92, l_arm_abd=31, r_arm_abd=22)
 _PLANK = dict(pitch=80, arm_abd=12, knee=2)
 
 MOTIONS: dict[str, Motion] = {
@@ -164,8 +165,8 @@ MOTIONS: dict[str, Motion] = {
     ),
     "strum_guitar": Motion(
         (
-            dict(l_arm_flex=30, l_elbow=95, l_arm_abd=28, r_arm_abd=24, r_elbow=95, r_rot=62, nod=18, leg_abd=6),
-            dict(l_arm_flex=36, l_elbow=88, l_arm_abd=34, r_arm_abd=20, r_elbow=62, r_rot=40, nod=6, side=7, leg_abd=9),
+            dict(_STRUM, r_elbow=95, r_rot=62, nod=18, leg_abd=6, side=-9, twist=-14, r_knee=18, r_leg_flex=10),
+            dict(_STRUM, r_elbow=62, r_rot=40, nod=6, leg_abd=9, side=11, twist=12, l_knee=22, l_leg_flex=13, bend=6),
         ),
         seconds=0.8,
         prop="guitar",
@@ -201,7 +202,7 @@ MOTIONS: dict[str, Motion] = {
     "bench_press": Motion(
         (dict(_LYING, arm_flex=90, arm_abd=15), dict(_LYING, arm_flex=25, arm_abd=55, elbow=95, rot=-10)),
         seconds=2.0,
-        prop="barbell",
+        prop="bench",
         views=("left", "right"),
     ),
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from m4.data.captions import CAPTIONS
+from m4.data.captions import BLIP, CAPTIONS
+from m4.data.devices import DTYPES, default_device, default_dtype
 from m4.data.errors import data_error
 from m4.data.framing import FRAMINGS
 from m4.data.pairs import SSIM_THRESHOLD
 from m4.data.split import UNITS
 from m4.data.tokenizers import TOKENIZERS
 
-BINS = 8192  # of joint coordinates, per axis
+SPLIT_OPTIONS = ("split_unit", "seed")  # decide where samples go, not what they are
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class PrepareOptions:
 
     tokenizer: str = "fsq"
     cosmos_dir: str | None = None
+    cosmos_dtype: str | None = None
+    blip_dir: str | None = None
     captions: str = "label"
     framing: str = "subject"
     ssim_threshold: float = SSIM_THRESHOLD
@@ -37,13 +41,22 @@ class PrepareOptions:
             if getattr(self, name) not in choices:
                 value = repr(getattr(self, name))
                 raise data_error(name, expected=" or ".join(choices), actual=value, remedy="Choose one of these.")
+        if self.cosmos_dtype not in (None, *DTYPES):
+            value = repr(self.cosmos_dtype)
+            raise data_error("cosmos_dtype", expected=" or ".join(DTYPES), actual=value, remedy="Choose one of these.")
         if not -1 < self.ssim_threshold <= 1:
             raise data_error(
                 "ssim_threshold", expected="a number in (-1, 1]", actual=self.ssim_threshold, remedy="Correct it."
             )
 
     def record(self) -> dict:
-        """What decides the content of the samples, for meta.json; where weights lie does not."""
+        """What decides the content of the samples, for meta.json; of weights their name, not where they lie."""
         fields = asdict(self)
-        del fields["cosmos_dir"]
+        del fields["cosmos_dir"], fields["blip_dir"]
+        if self.tokenizer == "cosmos":
+            fields["cosmos_dtype"] = self.cosmos_dtype or default_dtype(default_device())
+        else:
+            del fields["cosmos_dtype"]
+        if self.captions == "blip":
+            fields["blip"] = BLIP if self.blip_dir is None else Path(self.blip_dir).name
         return fields

@@ -9,9 +9,11 @@ Source: Zhang, Zhu, Derpanis, "From Actemes to Action" (ICCV 2013), dataset Penn
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +126,10 @@ def read_label(path: str | os.PathLike) -> Label:
             actual=f"no {', '.join(missing)}",
             remedy=_BAD_FILE,
         )
-    frames = int(_numbers(path, fields, "nframes", shape=(1,))[0])
+    count = float(_numbers(path, fields, "nframes", shape=(1,))[0])
+    if not count.is_integer() or count < 1:
+        raise data_error(path, expected="a whole number of frames in nframes", actual=count, remedy=_BAD_FILE)
+    frames = int(count)
     dimensions = _numbers(path, fields, "dimensions", shape=(3,))
     if not np.isfinite(dimensions).all() or dimensions.min() < 1 or dimensions[2] != frames:
         raise data_error(
@@ -190,8 +195,10 @@ def list_videos(root: str | os.PathLike) -> list[str]:
                 actual=f"no {part}/ in {root}",
                 remedy="Point --penn-action at the unpacked dataset, or make one: python -m m4.data synth --out DIR.",
             )
-    labels = {entry.stem for entry in (root / "labels").iterdir() if entry.suffix == ".mat"}
-    folders = {entry.name for entry in (root / "frames").iterdir() if entry.is_dir()}
+    labels = {
+        entry.stem for entry in (root / "labels").iterdir() if entry.suffix == ".mat" and not entry.name.startswith(".")
+    }
+    folders = {entry.name for entry in (root / "frames").iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     names = sorted(labels | folders)
     if not names:
         raise data_error(
@@ -216,15 +223,36 @@ def open_video(root: str | os.PathLike, name: str) -> Video:
             folder, expected="a folder of frames", actual="none", remedy=f"Add it, or remove {label_path}."
         )
     label = read_label(label_path)
-    frames = tuple(sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in _FRAME_SUFFIXES))
-    if len(frames) != len(label):
+    images = [
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() in _FRAME_SUFFIXES and not entry.name.startswith(".")
+    ]
+    if len(images) != len(label):
         raise data_error(
             folder,
             expected=f"{len(label)} frames (nframes of {label_path.name})",
-            actual=f"{len(frames)}",
+            actual=f"{len(images)}",
             remedy="Unpack the frames again; joints cannot be matched to frames by number.",
         )
-    return Video(name=name, label=label, frames=frames)
+    return Video(name=name, label=label, frames=_in_order(folder, images))
+
+
+def _in_order(folder: Path, images: list[Path]) -> tuple[Path, ...]:
+    """Frames by their numbers. Raises DataError for a gap or a number that occurs twice."""
+    numbers = {entry: re.search(r"\d+$", entry.stem) for entry in images}
+    if not all(numbers.values()):
+        return tuple(sorted(images))
+    order = sorted((int(found.group()), entry.name) for entry, found in numbers.items() if found is not None)
+    for (number, name), (following, next_name) in pairwise(order):
+        if following != number + 1:
+            raise data_error(
+                folder,
+                expected="frames with consecutive numbers",
+                actual=f"{next_name} after {name}",
+                remedy="Unpack the frames again; joints are matched to frames by number.",
+            )
+    return tuple(folder / name for _, name in order)
 
 
 def read_frame(path: str | os.PathLike) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,25 +11,28 @@ from pathlib import Path
 import numpy as np
 
 from m4.data.errors import data_error
-from m4.data.layout import SPLITS, token_file
+from m4.data.files import write_atomically
+from m4.data.layout import SPLITS, UNFINISHED, read_meta, token_file
 
 UNITS = ("video", "pair")
+FRACTIONS = (0.8, 0.1, 0.1)
 
 
 def split_output_dataset(
     root: str | os.PathLike,
-    fractions: Sequence[float] = (0.8, 0.1, 0.1),
+    fractions: Sequence[float] = FRACTIONS,
     seed: int = 42,
     unit: str = "video",
 ) -> dict[str, int]:
     """Move every sample of ``root`` to ``train``, ``eval`` or ``test``; return the number of samples in each.
 
     Samples, folders named by a number with one file each, may lie in ``{root}/{modality}/{pid}`` or already in splits.
-    The outcome depends on the set of samples and the arguments only, so calling it again moves nothing.
+    The outcome depends on the set of samples and the arguments only, so calling it again moves nothing, and a call that
+    was cut off is finished by the next; readers refuse the root in between. meta.json, if any, is kept up to date.
     ``unit="video"`` keeps all pairs of a video together (videos are read from ``{root}/pairs.csv``); ``"pair"`` draws
     every pair by itself. Units are counted by largest remainder: each split gets its share to within one unit, and none
     with a positive fraction stays empty while there are units. Raises DataError for bad arguments, a missing or empty
-    root, or a pair whose video is unknown.
+    root, a sample in two places, or a pair whose video is unknown.
     """
     root = Path(root)
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
@@ -52,6 +56,7 @@ def split_output_dataset(
     order = np.random.default_rng(seed).permutation(len(names))
     counts = _share(len(names), fractions)
     totals = dict.fromkeys(SPLITS, 0)
+    moves: list[tuple[Path, Path]] = []
     start = 0
     for split, count in zip(SPLITS, counts, strict=True):
         members = [pid for index in order[start : start + count] for pid in groups[names[index]]]
@@ -59,16 +64,42 @@ def split_output_dataset(
         totals[split] = len(members)
         for pid in members:
             for modality in modalities:
-                _move(homes.get((modality, pid)), root / split / modality / pid)
+                home, destination = homes.get((modality, pid)), root / split / modality / pid
+                if home is not None and home != destination:
+                    moves.append((home, destination))
+    _carry_out(root, moves, modalities, _described(root, fractions, seed, unit, totals))
+    return totals
+
+
+def _carry_out(root: Path, moves: list[tuple[Path, Path]], modalities: list[str], meta: bytes | None) -> None:
+    """Move the samples and renew meta.json; until all is done, readers refuse the root."""
+    marker = root / UNFINISHED
+    if moves:
+        write_atomically(marker, b"split\n")
+    for home, destination in moves:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        home.rename(destination)
     for modality in modalities:
         unsplit = root / modality
         if unsplit.is_dir() and not any(unsplit.iterdir()):
             unsplit.rmdir()
-    return totals
+    if meta is not None:
+        write_atomically(root / "meta.json", meta)
+    marker.unlink(missing_ok=True)
+
+
+def _described(root: Path, fractions: Sequence[float], seed: int, unit: str, totals: dict[str, int]) -> bytes | None:
+    """meta.json saying how the samples are divided now; None where there is none, or none to be changed."""
+    meta = read_meta(root)
+    if not meta:
+        return None
+    options = {**meta["options"], "split_unit": unit, "seed": seed}
+    new = {**meta, "options": options, "fractions": list(fractions), "splits": totals}
+    return None if new == meta else (json.dumps(new, indent=1) + "\n").encode()
 
 
 def _homes(root: Path) -> dict[tuple[str, str], Path]:
-    """Where every (modality, pid) lies now."""
+    """Where every (modality, pid) lies now. Raises DataError for a pid that is in two places."""
     if not root.is_dir():
         raise data_error(root, expected="a data root", actual="no such folder", remedy="Check the path.")
     homes: dict[tuple[str, str], Path] = {}
@@ -106,7 +137,11 @@ def _videos(root: Path, pids: list[str]) -> dict[str, list[str]]:
             remedy='Split with unit "pair", or prepare the data again.',
         )
     with open(path, newline="") as file:
-        videos = {row.get("pid"): row.get("video") for row in csv.DictReader(file)}
+        rows = [(row.get("pid"), row.get("video")) for row in csv.DictReader(file)]
+    videos = dict(rows)
+    if len(videos) < len(rows):
+        twice = next(pid for number, (pid, _) in enumerate(rows) if pid in dict(rows[:number]))
+        raise data_error(path, expected="one row a sample", actual=f"two for {twice}", remedy="Prepare again.")
     groups: dict[str, list[str]] = {}
     for pid in pids:
         video = videos.get(pid)
@@ -129,10 +164,3 @@ def _share(units: int, fractions: Sequence[float]) -> list[int]:
             counts[index] += 1
             counts[largest] -= 1
     return counts
-
-
-def _move(home: Path | None, destination: Path) -> None:
-    if home is None or home == destination:
-        return
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    home.rename(destination)

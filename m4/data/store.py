@@ -19,7 +19,8 @@ import torch
 
 from m4.data.errors import DataError, data_error
 from m4.data.files import writable_folder, write_atomically
-from m4.data.layout import TokenReader, find_pids, token_file
+from m4.data.layout import find_pids, token_file
+from m4.data.reading import read_rows
 
 _VERSION = 1
 _MAX_VOCAB = 2**16
@@ -57,11 +58,12 @@ def open_store(
 ) -> TokenStore:
     """Open the packed store of ``split``, building it first if it is absent or out of date.
 
-    The cache lies in ``{root}/.cache`` unless ``cache_dir`` is given. Readable token files are integer .npy arrays of
-    any width: flat, of any shape with max_seq_lens[m] values, or with a leading augmentation axis, of which the first
-    entry is taken (the log says so). Raises DataError (a ValueError) naming the file or argument: a missing or empty
-    root, split or modality, a modality without one of the pids, a wrong length, a token outside [0, vocab_sizes[m]), a
-    cache folder that cannot be written.
+    The cache lies in ``{root}/.cache`` unless ``cache_dir`` is given. Readable token files are .npy arrays under any
+    name: integers of any width, flat, of any shape with max_seq_lens[m] values, or with a leading augmentation axis, of
+    which the first entry is taken; joints also as floats in [0, 1]. The log says what was assumed; what is recognised
+    as made by other rules is refused (`m4.data.reading`). Raises DataError (a ValueError) naming the file or argument:
+    a missing, empty or unfinished root, split or modality, a modality without one of the pids, a wrong length, a token
+    outside [0, vocab_sizes[m]), a cache folder that cannot be written.
     """
     root = Path(root)
     modalities, max_seq_lens = list(modalities), [int(length) for length in max_seq_lens]
@@ -91,7 +93,9 @@ def open_store(
     index_path = folder / f"{split}-{layout.hexdigest()[:16]}.json"
     index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
     if index is None:
-        index = _build(index_path, files, pids, modalities, max_seq_lens, stamp)
+        index = _build(root, index_path, files, pids, modalities, max_seq_lens, vocab_sizes, stamp)
+    for note in index.get("notes", ()):  # what was assumed, whenever it is relied on
+        _log.info("%s", note)
     for modality, size, (largest, row) in zip(modalities, vocab_sizes, index["largest"], strict=True):
         if largest >= size:
             raise data_error(
@@ -137,11 +141,13 @@ def _read_index(path: Path, stamp: str, values: int) -> dict | None:
 
 
 def _build(
+    root: Path,
     index_path: Path,
     files: dict[str, list[str]],
     pids: list[str],
     modalities: list[str],
     max_seq_lens: list[int],
+    vocab_sizes: list[int],
     stamp: str,
 ) -> dict:
     folder = index_path.parent
@@ -156,12 +162,11 @@ def _build(
         ) from error
     packed = np.empty((len(pids), sum(max_seq_lens)), dtype=np.uint16)
     largest = []
+    said: list[str] = []
     start = 0
-    for modality, length in zip(modalities, max_seq_lens, strict=True):
-        reader = TokenReader(length)
-        rows = np.stack([reader.read(path) for path in files[modality]])
-        if reader.augmented:
-            _log.info("%s: files with an augmentation axis; the first entry of each is used", modality)
+    for modality, length, vocab_size in zip(modalities, max_seq_lens, vocab_sizes, strict=True):
+        rows, notes = read_rows(root, modality, files[modality], length, vocab_size)
+        said += [f"{modality}: {note}" for note in notes]
         row = int(rows.max(axis=1).argmax())
         largest.append((int(rows[row].max()), row))
         low = int(rows.min(axis=1).argmin())
@@ -179,7 +184,7 @@ def _build(
     digest.update(packed.astype("<u2").tobytes())
     fingerprint = digest.hexdigest()
     data = f"{index_path.stem}-{fingerprint[:16]}.u16"
-    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest}
+    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest, "notes": said}
     write_atomically(folder / data, packed.tobytes())
     write_atomically(index_path, json.dumps(index).encode())
     for old in folder.glob(f"{index_path.stem}-*.u16"):

@@ -11,26 +11,26 @@ from PIL import Image
 
 from m4.data.captions import BlipCaptioner, label_caption
 from m4.data.framing import CANVAS, Framing, frame_for
-from m4.data.options import BINS, PrepareOptions
+from m4.data.layout import BINS, NUM_JOINTS, SHAPES
+from m4.data.options import PrepareOptions
 from m4.data.pairs import find_pairs
-from m4.data.penn_action import NUM_JOINTS, Label, Video
+from m4.data.penn_action import Label, Video
 from m4.data.tokenizers import ImageTokenizer, make_tokenizer
 from m4kernels import quantize_coords
 
-SHAPES = {"tok_rgb": (16, 16), "coords": (3, NUM_JOINTS), "tok_rgb_next": (16, 16), "coords_next": (3, NUM_JOINTS)}
 _BATCH = 16  # pairs tokenised together
 
 
 @lru_cache(maxsize=1)
-def shared_tokenizer(name: str, cosmos_dir: str | None) -> ImageTokenizer:
+def shared_tokenizer(options: PrepareOptions) -> ImageTokenizer:
     """The process's tokenizer: weights are loaded once."""
-    return make_tokenizer(name, cosmos_dir)
+    return make_tokenizer(options.tokenizer, options.cosmos_dir, options.cosmos_dtype)
 
 
 @lru_cache(maxsize=1)
-def shared_captioner() -> BlipCaptioner:
+def shared_captioner(options: PrepareOptions) -> BlipCaptioner:
     """The process's BLIP."""
-    return BlipCaptioner()
+    return BlipCaptioner(options.blip_dir)
 
 
 def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarray]:
@@ -39,16 +39,21 @@ def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarra
     Both frames of a pair are cut by the framing of the reference. Raises DataError for a frame that cannot be used.
     """
     label = video.label
-    tokenizer = shared_tokenizer(options.tokenizer, options.cosmos_dir)
+    tokenizer = shared_tokenizer(options)
     columns: dict[str, list] = {name: [] for name in (*SHAPES, "pairs", "captions")}
     windows: list[np.ndarray] = []
+    references: list[Image.Image] = []  # whole frames, for BLIP
 
-    def encode_windows() -> None:
-        if windows:
-            grids = tokenizer.encode(np.stack(windows)).astype(np.int32)
-            columns["tok_rgb"] += list(grids[0::2])
-            columns["tok_rgb_next"] += list(grids[1::2])
-            windows.clear()
+    def work_off() -> None:
+        if not windows:
+            return
+        grids = tokenizer.encode(np.stack(windows)).astype(np.int32)
+        columns["tok_rgb"] += list(grids[0::2])
+        columns["tok_rgb_next"] += list(grids[1::2])
+        if options.captions == "blip":
+            columns["captions"] += shared_captioner(options)(references)
+        windows.clear()
+        references.clear()
 
     for reference, successor, image, image_next in _walk(video, options.ssim_threshold):
         size = (image.size[1], image.size[0])
@@ -61,10 +66,10 @@ def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarra
         if options.captions == "label":
             columns["captions"].append(label_caption(label))
         elif options.captions == "blip":
-            columns["captions"] += shared_captioner()([image])
+            references.append(image)
         if len(windows) == 2 * _BATCH:
-            encode_windows()
-    encode_windows()
+            work_off()
+    work_off()
     arrays: dict[str, np.ndarray] = {}
     for name, shape in SHAPES.items():
         dtype = np.uint16 if name.startswith("coords") else np.int32

@@ -1,5 +1,6 @@
 """A small synthetic data set and its prepared tokens, made once."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from m4.data.clips import SynthOptions
 from m4.data.prepare import prepare
 from m4.data.synth import synthesize
 
+# Modalities, vocabularies and lengths for open_store.
+STORE = (["tok_rgb", "coords"], [65_536, 65_536], [256, 39])
 SMALL = SynthOptions(videos=5, seed=3, frames=(8, 10), size=(120, 161), scenes=3, fps=8.0, noise=3.0)
 
 
@@ -37,3 +40,9 @@ def tree():
         return {str(path.relative_to(root)): path.read_bytes() for path in shown}
 
     return read
+
+
+def table(root):
+    """The rows of pairs.csv."""
+    with open(root / "pairs.csv", newline="") as file:
+        return list(csv.DictReader(file))

@@ -142,6 +142,25 @@ def test_frames_and_labels_disagree_in_number(videos, tmp_path):
         open_video(tmp_path / "v", "0001")
 
 
+def test_frames_are_ordered_by_number(videos, tmp_path):
+    """Names without leading zeros, and what a Mac leaves behind; a gap or a second copy is refused."""
+    shutil.copytree(videos, tmp_path / "v")
+    folder = tmp_path / "v/frames/0001"
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"frame {int(path.stem) + 5}.jpg")
+    (folder / "._frame 6.jpg").write_bytes(b"")
+    (tmp_path / "v/labels/._0001.mat").write_bytes(b"")
+    frames = open_video(tmp_path / "v", "0001").frames
+    assert [path.name for path in frames] == [f"frame {number + 6}.jpg" for number in range(len(frames))]
+    assert list_videos(tmp_path / "v") == list_videos(videos)
+    (folder / "frame 8.jpg").rename(folder / "frame 99.jpg")
+    with pytest.raises(DataError, match=r"frames with consecutive numbers, found frame 9\.jpg after frame 7\.jpg"):
+        open_video(tmp_path / "v", "0001")
+    (folder / "frame 99.jpg").rename(folder / "frame 7.png")
+    with pytest.raises(DataError, match=r"consecutive numbers, found frame 7\.png after frame 7\.jpg"):
+        open_video(tmp_path / "v", "0001")
+
+
 def test_missing_parts(videos, tmp_path):
     root = tmp_path / "v"
     shutil.copytree(videos, root)

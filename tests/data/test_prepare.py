@@ -1,14 +1,7 @@
 """Preparation: the samples it writes, its determinism, and what it does about bad or interrupted input."""
 
-import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import types
 
 import numpy as np
 import pytest
@@ -16,25 +9,21 @@ import scipy.io
 import torch
 from PIL import Image
 
-from m4.data import captions
+from m4.data.__main__ import main
 from m4.data.captions import label_caption
 from m4.data.errors import DataError
 from m4.data.framing import frame_for
 from m4.data.options import PrepareOptions
 from m4.data.pairs import find_pairs
 from m4.data.penn_action import open_video
-from m4.data.prepare import prepare
-from m4.data.tokenise import shared_captioner
+from m4.data.prepare import merge, prepare
+from m4.data.store import open_store
 from m4.data.tokenizers import make_tokenizer
 from m4kernels import quantize_coords
+from tests.data.conftest import STORE, table
 
 MODALITIES = ("tok_rgb", "coords", "tok_rgb_next", "coords_next", "captions")
 SPLITS = ("train", "eval", "test")
-
-
-def table(root):
-    with open(root / "pairs.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def sample(root, modality, pid):
@@ -114,37 +103,70 @@ def test_workers_and_shards_do_not_show(videos, prepared, tmp_path, tree):
     assert tree(tmp_path / "shards") == tree(prepared)
 
 
-def test_killed_and_resumed(videos, prepared, tmp_path, tree):
+def test_shards_are_merged_by_split(videos, prepared, tmp_path, tree, capsys):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "m4.data", "prepare", "--penn-action", str(videos), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(out.glob(".videos/*.npz")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "meta.json").exists() or len(table(out)) == len(table(prepared))
-    prepare(videos, out, progress=False)
+    prepare(videos, out, shard=(1, 2), progress=False)
+    assert main(["split", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "expected all 5 videos, found 3 that no shard has done, the first being 0001" in error
+    with pytest.raises(DataError, match="found videos that are not laid out yet"):
+        open_store(out, "train", *STORE)
+    # The second shard is cut off before its samples are laid out.
+    (out / ".videos/0001.npz").write_bytes((prepared / ".videos/0001.npz").read_bytes())
+    for name in ("0003", "0005"):
+        shutil.copy(prepared / f".videos/{name}.npz", out / ".videos")
+    assert main(["split", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("train ")
     assert tree(out) == tree(prepared)
 
 
-def test_killed_while_laying_out(videos, prepared, tmp_path, tree, monkeypatch):
-    """Cut off between moving train and eval into place."""
-    from m4.data import assemble
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(assemble, "write_atomically", die)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(videos, tmp_path / "out", progress=False)
-    monkeypatch.undo()
-    assert not (tmp_path / "out/meta.json").exists()
-    shutil.rmtree(tmp_path / "out/eval")
-    prepare(videos, tmp_path / "out", progress=False)
+def test_ranks_of_torchrun_are_shards(videos, prepared, tmp_path, tree, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["prepare", "--penn-action", str(videos), "--out", str(tmp_path / "out")]
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(command) == 0
+        assert ("this shard is done: 2 videos are ready" in capsys.readouterr().out) == (rank == "1")
     assert tree(tmp_path / "out") == tree(prepared)
+    monkeypatch.setenv("RANK", "first")
+    assert main(command) == 2
+    assert "RANK and WORLD_SIZE: expected numbers, found 'first'" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main([*command, "--shard", "0/1"]) == 0
+    assert "(already there)" in capsys.readouterr().out
+
+
+def test_only_the_split_is_made_anew(videos, tmp_path, tree):
+    """Other seeds and units move samples and tokenise nothing; the way there does not show."""
+    options = PrepareOptions(split_unit="pair", seed=7)
+    prepare(videos, tmp_path / "a", progress=False)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "a/.videos").glob("*.npz")}
+    assert prepare(videos, tmp_path / "a", options, progress=False).fresh
+    prepare(videos, tmp_path / "b", options, progress=False)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    merge(tmp_path / "a", (0.5, 0.25, 0.25), seed=1, unit="video")
+    meta = json.loads((tmp_path / "a/meta.json").read_text())
+    assert meta["options"]["split_unit"] == "video"
+    assert meta["options"]["seed"] == 1
+    assert meta["fractions"] == [0.5, 0.25, 0.25]
+    for split in SPLITS:
+        assert meta["splits"][split] == len(list((tmp_path / "a" / split / "coords").iterdir()))
+
+
+def test_a_changed_video_is_done_again_and_a_vanished_one_kept(copied, prepared, tmp_path, tree):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    shutil.rmtree(copied / "frames/0005")  # to free the disk
+    assert not prepare(copied, out, progress=False).fresh
+    label = copied / "labels/0002.mat"
+    fields = {key: value for key, value in scipy.io.loadmat(label).items() if not key.startswith("__")}
+    scipy.io.savemat(label, fields | {"y": fields["y"] + 3.0})
+    assert prepare(copied, out, progress=False).fresh
+    changed = {name for name, content in tree(out).items() if content != tree(prepared).get(name)}
+    rows = [row["pid"] for row in table(out) if row["video"] == "0002"]
+    assert {name.split("/")[2] for name in changed if "coords" in name} <= set(rows)
+    assert any("coords" in name for name in changed)
 
 
 def break_video(root, fault):
@@ -170,6 +192,9 @@ def break_video(root, fault):
     if fault == "a frame of another size":
         Image.new("RGB", (60, 60)).save(frame)
         return "000004.jpg: expected 161x120 pixels"
+    if fault == "NaN frame count":
+        scipy.io.savemat(label, fields | {"nframes": np.array([[np.nan]])})
+        return "0002.mat: expected a whole number of frames"
     if fault == "missing frame":
         frame.unlink()
         return f"expected {len(fields['x'])} frames"
@@ -189,6 +214,7 @@ def break_video(root, fault):
         "12 joints",
         "14 joints",
         "wrong dimensions",
+        "NaN frame count",
         "a frame of another size",
         "missing frame",
         "missing frames folder",
@@ -287,69 +313,3 @@ def test_other_options_in_the_same_folder_are_refused(videos, tmp_path, tree):
 def test_without_captions(videos, tmp_path):
     prepare(videos, tmp_path / "out", PrepareOptions(captions="none"), progress=False)
     assert not (tmp_path / "out/train/captions").exists()
-
-
-def test_blip_without_transformers(videos, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DataError, match=r"--captions blip: expected the transformers library.*m4kernels\[blip\]"):
-        prepare(videos, tmp_path / "out", PrepareOptions(captions="blip"), progress=False)
-    assert not (tmp_path / "out").exists()
-
-
-def fake_transformers(weights=True):
-    """A module with the two classes and calls of transformers that are used."""
-
-    class Processor:
-        @classmethod
-        def from_pretrained(cls, name):
-            assert name == "Salesforce/blip-image-captioning-base"
-            return cls()
-
-        def __call__(self, images, return_tensors):
-            assert return_tensors == "pt"
-            return {"pixels": torch.tensor([image.size[0] for image in images])}
-
-        def batch_decode(self, output, skip_special_tokens):
-            assert skip_special_tokens
-            return [f"a frame {int(width)} wide " for width in output]
-
-    class Model:
-        @classmethod
-        def from_pretrained(cls, name):
-            if not weights:
-                raise OSError("cannot find the weights\nsecond line")
-            return cls()
-
-        def eval(self):
-            return self
-
-        def generate(self, pixels, max_new_tokens):
-            return pixels
-
-    module = types.ModuleType("transformers")
-    module.BlipProcessor, module.BlipForConditionalGeneration = Processor, Model
-    return module
-
-
-def test_blip_captions_the_reference_frame(videos, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", fake_transformers())
-    shared_captioner.cache_clear()
-    prepare(videos, tmp_path / "out", PrepareOptions(captions="blip"), progress=False)
-    assert sample(tmp_path / "out", "captions", "000000") == {"caption": "a frame 161 wide"}
-    shared_captioner.cache_clear()
-
-
-def test_blip_without_weights(videos, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", fake_transformers(weights=False))
-    with pytest.raises(DataError, match=r"expected BLIP's weights, found cannot find the weights\. Download"):
-        prepare(videos, tmp_path / "out", PrepareOptions(captions="blip"), progress=False)
-
-
-def test_captions_read_as_english():
-    class Label:
-        action, view = "golf_swing", "back"
-
-    assert label_caption(Label) == "a person swinging a golf club, seen from behind"
-    Label.action, Label.view = "moon_walk", "above"
-    assert label_caption(Label) == "a person doing moon walk, seen from above"
-    assert captions.CAPTIONS == ("label", "blip", "none")

@@ -1,12 +1,14 @@
 """Splits: exact counts, reproducible, without leakage, safe to repeat."""
 
 import csv
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from m4.data.errors import DataError
+from m4.data.layout import find_pids
 from m4.data.split import split_output_dataset
 
 
@@ -85,6 +87,36 @@ def test_an_interrupted_split_is_finished(tmp_path):
     split_output_dataset(tmp_path / "b")
     for modality in ("rgb", "coords"):
         assert members(tmp_path / "a", modality) == members(tmp_path / "b", modality)
+
+
+def test_readers_refuse_a_split_that_was_cut_off(tmp_path, monkeypatch):
+    """Killed after half of the moves; the next call finishes it, and then readers see it."""
+    make(tmp_path, 10, 2)
+    calls = []
+
+    def rename(source, destination):
+        calls.append(source)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return os.replace(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            split_output_dataset(tmp_path)
+    with pytest.raises(DataError, match="expected a finished data set"):
+        find_pids(tmp_path, "train", ["rgb"])
+    split_output_dataset(tmp_path)
+    assert len(find_pids(tmp_path, "train", ["rgb", "coords"])) == 16
+
+
+def test_duplicate_pids_are_refused(tmp_path):
+    make(tmp_path, 5, 2)
+    with open(tmp_path / "pairs.csv", "a", newline="") as file:
+        file.write("000003,another\n")
+    with pytest.raises(DataError, match=r"pairs\.csv: expected one row a sample, found two for 000003"):
+        split_output_dataset(tmp_path)
+    assert (tmp_path / "rgb/000003").exists()
 
 
 def test_videos_are_no_samples(tmp_path, videos):

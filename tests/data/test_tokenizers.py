@@ -1,5 +1,10 @@
 """Image tokenizers: the embedded one's quality, stability and determinism; Cosmos' files and their faults."""
 
+import dataclasses
+import hashlib
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,9 @@ from PIL import Image
 
 from m4.data.errors import DataError
 from m4.data.framing import frame_for
+from m4.data.options import PrepareOptions
+from m4.data.prepare import prepare
+from m4.data.tokenise import shared_tokenizer
 from m4.data.tokenizers import make_tokenizer
 from m4.data.tokenizers.base import BASIS, LEVELS, VOCAB_SIZE
 from m4.data.tokenizers.cosmos import CosmosTokenizer
@@ -145,6 +153,19 @@ class Decoder(torch.nn.Module):
         return torch.stack([value, value, value], 1) * 1.01
 
 
+class Half(torch.nn.Module):
+    """Takes bfloat16 only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dtype == torch.bfloat16
+        return x
+
+
+class Unbounded(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.full([tokens.shape[0], 3, 256, 256], float("nan"))
+
+
 class Floating(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.float()
@@ -172,11 +193,75 @@ def test_cosmos_round_trip(cosmos_dir):
     assert np.abs(tokenizer.decode(tokens).astype(int) - images).max() <= 2
 
 
-def test_cosmos_without_weights(tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cosmos_precision(cosmos_dir, dtype):
+    """Both types, and any number of pictures: batches do not show."""
+    images = np.random.default_rng(0).integers(0, 256, (35, 1, 1, 3), dtype=np.uint8).repeat(256, 1).repeat(256, 2)
+    tokenizer = make_tokenizer("cosmos", cosmos_dir, dtype)
+    tokens = tokenizer.encode(images)
+    np.testing.assert_array_equal(tokens[34:], CosmosTokenizer(cosmos_dir, "cpu", dtype).encode(images[34:]))
+    expected = images[:, 0, 0, 0] / 255 * 63_999
+    assert np.abs(tokens - expected[:, None, None]).max() <= (1 if dtype == "fp32" else 64_000 / 128)
+    assert tokenizer.decode(tokens[:33]).shape == (33, 256, 256, 3)
+    assert tokenizer.encode(images[:0]).shape == (0, 16, 16)
+    assert tokenizer.decode(tokens[:0]).shape == (0, 256, 256, 3)
+    with pytest.raises(DataError, match="expected fp32 or bf16, found 'fp8'"):
+        make_tokenizer("cosmos", cosmos_dir, "fp8")
+
+
+def test_cosmos_is_lazy(cosmos_dir):
+    """The decoder's file is read when something is decoded, and not before."""
+    (cosmos_dir / "decoder.jit").write_bytes(b"broken")
+    tokenizer = CosmosTokenizer(cosmos_dir)
+    tokens = tokenizer.encode(np.zeros((1, 256, 256, 3), np.uint8))
+    with pytest.raises(DataError, match=r"decoder\.jit: expected a TorchScript file"):
+        tokenizer.decode(tokens)
+
+
+def test_cosmos_refuses_ids_without_a_code(cosmos_dir):
+    tokens = np.zeros((2, 16, 16), int)
+    tokens[1, 3, 4] = 64_000
+    with pytest.raises(DataError, match=r"tokens: expected ids in \[0, 64000\), found 64000\. .*mask those logits"):
+        CosmosTokenizer(cosmos_dir).decode(tokens)
+
+
+def test_cosmos_from_the_hugging_face_cache(cosmos_dir, tmp_path, monkeypatch):
+    snapshots = tmp_path / "home/hub/models--nvidia--Cosmos-0.1-Tokenizer-DI16x16/snapshots"
+    for revision in ("a1", "b2"):  # the first was only half downloaded
+        (snapshots / revision).mkdir(parents=True)
+        shutil.copy(cosmos_dir / "encoder.jit", snapshots / revision)
+    shutil.copy(cosmos_dir / "decoder.jit", snapshots / "b2")
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert make_tokenizer("cosmos").folder == snapshots / "b2"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match=r"--cosmos-dir: .* no folder given, and no encoder\.jit and decoder\.jit in"):
+        make_tokenizer("cosmos")
+
+
+def test_cosmos_without_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DataError, match=r"--cosmos-dir: .* nvidia/Cosmos-0\.1-Tokenizer-DI16x16"):
         make_tokenizer("cosmos")
     with pytest.raises(DataError, match=r"encoder\.jit: expected a file.*huggingface-cli download"):
         make_tokenizer("cosmos", tmp_path)
+
+
+def test_cosmos_in_prepare(cosmos_dir, videos, tmp_path):
+    """The weights are part of what a folder is made with."""
+    out = tmp_path / "out"
+    options = PrepareOptions(tokenizer="cosmos", cosmos_dir=str(cosmos_dir), cosmos_dtype="fp32")
+    prepare(videos, out, options, progress=False)
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["tokenizer"]["id"] == "cosmos-0.1-di16x16"
+    assert meta["tokenizer"]["weights"] == hashlib.sha256((cosmos_dir / "encoder.jit").read_bytes()).hexdigest()
+    assert meta["options"]["cosmos_dtype"] == "fp32"
+    with pytest.raises(DataError, match="expected cosmos_dtype 'bf16', found data made with cosmos_dtype 'fp32'"):
+        prepare(videos, out, dataclasses.replace(options, cosmos_dtype="bf16"), progress=False)
+    save(Encoder(60_000.0), cosmos_dir / "encoder.jit")
+    shared_tokenizer.cache_clear()
+    with pytest.raises(DataError, match="found data made with weights"):
+        prepare(videos, out, options, progress=False)
 
 
 def test_cosmos_with_broken_files(cosmos_dir):
@@ -192,3 +277,9 @@ def test_cosmos_with_broken_files(cosmos_dir):
     save(Floating(), cosmos_dir / "decoder.jit")
     with pytest.raises(DataError, match=r"decoder\.jit: expected \(1, 3, 256, 256\)"):
         CosmosTokenizer(cosmos_dir).decode(np.zeros((1, 16, 16), int))
+    save(Unbounded(), cosmos_dir / "decoder.jit")
+    with pytest.raises(DataError, match=r"decoder\.jit: expected finite pixels, found NaN"):
+        CosmosTokenizer(cosmos_dir).decode(np.zeros((1, 16, 16), int))
+    save(Half(), cosmos_dir / "encoder.jit")
+    with pytest.raises(DataError, match=r"expected a module that takes torch\.float32 .* Try --cosmos-dtype bf16"):
+        CosmosTokenizer(cosmos_dir, "cpu", "fp32").encode(np.zeros((1, 256, 256, 3), np.uint8))

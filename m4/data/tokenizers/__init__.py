@@ -10,8 +10,13 @@ from m4.data.tokenizers.base import ImageTokenizer
 TOKENIZERS = ("fsq", "cosmos")
 
 
-def make_tokenizer(name: str, cosmos_dir: str | os.PathLike | None = None) -> ImageTokenizer:
-    """The tokenizer ``name``; ``cosmos_dir`` is the folder of Cosmos' weights. Raises DataError for another name."""
+def make_tokenizer(
+    name: str, cosmos_dir: str | os.PathLike | None = None, cosmos_dtype: str | None = None
+) -> ImageTokenizer:
+    """The tokenizer ``name``. Raises DataError for another name, or absent weights.
+
+    cosmos_dir: the folder of Cosmos' weights, None for the Hugging Face cache; cosmos_dtype: "bf16", "fp32" or None.
+    """
     if name == "fsq":
         from m4.data.tokenizers.fsq import FSQTokenizer
 
@@ -19,7 +24,7 @@ def make_tokenizer(name: str, cosmos_dir: str | os.PathLike | None = None) -> Im
     if name == "cosmos":
         from m4.data.tokenizers.cosmos import CosmosTokenizer
 
-        return CosmosTokenizer(cosmos_dir)
+        return CosmosTokenizer(cosmos_dir, dtype=cosmos_dtype)
     raise data_error("tokenizer", expected=" or ".join(TOKENIZERS), actual=repr(name), remedy="Choose one of these.")
 
 

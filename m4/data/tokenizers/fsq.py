@@ -36,16 +36,15 @@ class FSQTokenizer:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, 256, 256, 3) RGB → int64 (B, 16, 16)."""
         images = check_images(images)
-        # Integer sums, so that every machine gets the same codes.
-        blocks = images.reshape(-1, GRID, _BLOCK, GRID, _BLOCK, 3)
-        rows = blocks.sum(4, dtype=np.int32)  # (B, 16, row, 16, 3)
-        columns = blocks.sum(2, dtype=np.int32)  # (B, 16, 16, column, 3)
-        weights = 2 * np.arange(_BLOCK, dtype=np.int32) - (_BLOCK - 1)
-        mean = rows.sum(2) @ _RGB_TO_YCC.T / _BLOCK**2  # (B, 16, 16, 3)
+        # Sums of integers below 2^24, exact in float32 in whatever order, so that every machine gets the same codes.
+        rows = images.reshape(-1, IMAGE_SIZE * 3).astype(np.float32) @ _COLUMN_SUMS
+        rows = rows.reshape(-1, GRID, _BLOCK, 2, GRID, 3)  # (B, 16, row, plain or weighted sum, 16, 3)
+        plain, sloped = np.moveaxis(rows.sum(2), 2, 0).astype(np.float64)
+        mean = plain @ _RGB_TO_YCC.T / _BLOCK**2  # (B, 16, 16, 3)
         # Least-squares slopes: the change of luma from the block's middle to its edge.
-        norm = _BLOCK * float((weights**2).sum()) / (_BLOCK - 1)
-        across = np.einsum("bijkc,k->bijc", columns, weights) @ _RGB_TO_YCC[0] / norm
-        down = np.einsum("bikjc,k->bijc", rows, weights) @ _RGB_TO_YCC[0] / norm
+        norm = _BLOCK * float((_WEIGHTS**2).sum()) / (_BLOCK - 1)
+        across = sloped @ _RGB_TO_YCC[0] / norm
+        down = np.einsum("bikjc,k->bijc", rows[:, :, :, 0], _WEIGHTS).astype(np.float64) @ _RGB_TO_YCC[0] / norm
         luma = np.clip(np.floor(mean[..., 0] * _LUMA_LEVELS / 256), 0, _LUMA_LEVELS - 1).astype(np.int64)
         levels = (
             _quantise(mean[..., 1], _CHROMA_REACH, -3, 4),
@@ -99,5 +98,17 @@ def _blending(power: int) -> tuple[np.ndarray, np.ndarray]:
     return weights, ramps
 
 
+def _column_sums() -> np.ndarray:
+    """(768, 96): a row of pixels to the sums of its 16 blocks by channel, plain and weighted."""
+    sums = np.zeros((GRID, _BLOCK, 3, 2, GRID, 3), np.float32)
+    for block in range(GRID):
+        for channel in range(3):
+            sums[block, :, channel, 0, block, channel] = 1
+            sums[block, :, channel, 1, block, channel] = _WEIGHTS
+    return sums.reshape(IMAGE_SIZE * 3, 2 * GRID * 3)
+
+
+_WEIGHTS = (2 * np.arange(_BLOCK) - (_BLOCK - 1)).astype(np.float32)
+_COLUMN_SUMS = _column_sums()
 _BLEND, _RAMP = _blending(_BLEND_POWER)
 _LINEAR, _ = _blending(1)

@@ -1,0 +1,196 @@
+"""Reading token files that others may have made: what is accepted, with what was assumed, and what is refused.
+
+Joints (modalities whose name begins with "coords") are three rows, x, y, visibility, of 8,192 bins over the 256-pixel
+canvas. Data of the M3 notebook's rules, or of other orders and units, would train a model without a word of complaint;
+what their shapes and values give away is refused here. What they do not give away is said: without a meta.json nothing
+tells whether pixels and joints were cut by the same window.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from m4.data.errors import DataError, data_error
+from m4.data.layout import BINS, read_meta
+
+_BAD_TOKENS = "Prepare this sample again: python -m m4.data prepare."
+_OLD_RULES = "Prepare the data again from the videos: python -m m4.data prepare."
+_PIXELS = 256
+# So many visible joints that all of them within the first 256 of 8,192 bins cannot be chance.
+_ENOUGH_JOINTS = 100
+
+
+def is_joints(modality: str, length: int) -> bool:
+    """Whether a modality holds x, y and visibility of joints."""
+    return modality.startswith("coords") and length % 3 == 0
+
+
+class TokenReader:
+    """Reads .npy token files into flat int64 rows of one length; headers seen before are not parsed again.
+
+    Accepted are integers of any width, flat or of any shape, with or without a leading augmentation axis, of which the
+    first entry is taken; for joints also floats, fractions of the canvas in [0, 1] with visibility 0 or 1. ``notes``
+    says which of these occurred and what was assumed.
+    """
+
+    def __init__(self, length: int, joints: bool = False):
+        self.length, self.joints = length, joints
+        self.notes: dict[str, int] = {}  # assumption → files
+        self._headers: dict[bytes, tuple[np.dtype, tuple[int, ...], bool]] = {}
+
+    def read(self, path: str | os.PathLike) -> np.ndarray:
+        """The tokens of one file, (length,). Raises DataError naming the file."""
+        with open(path, "rb") as file:
+            content = file.read()
+        header_end = 10 + int.from_bytes(content[8:10], "little")
+        header = content[:header_end]
+        if header not in self._headers:
+            self._headers[header] = self._parse(path, content)
+        dtype, shape, fortran = self._headers[header]
+        count = int(np.prod(shape))
+        if len(content) < header_end + count * dtype.itemsize:
+            raise data_error(
+                path, expected=f"{count} values of {dtype}", actual=f"{len(content)} bytes", remedy=_BAD_TOKENS
+            )
+        values = np.frombuffer(content, dtype, count, header_end)
+        if fortran:
+            values = values.reshape(shape, order="F").ravel()
+        if count != self.length:
+            self._note("with an augmentation axis; the first entry of each is used")
+        elif len(shape) == 1:
+            self._note(f"flat; taken as {'rows x, y, visibility' if self.joints else 'row after row'}")
+        values = values[: self.length]
+        if dtype.kind == "f":
+            self._note(f"floats; taken as fractions of the canvas, in {BINS:,} bins")
+            return _from_fractions(path, values)
+        return values
+
+    def _note(self, assumption: str) -> None:
+        self.notes[assumption] = self.notes.get(assumption, 0) + 1
+
+    def _parse(self, path: str | os.PathLike, content: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
+        stream = io.BytesIO(content)
+        try:
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError("a version other than 1.0")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        except (ValueError, EOFError, SyntaxError, TypeError) as error:
+            raise data_error(path, expected="a .npy file of integers", actual=str(error), remedy=_BAD_TOKENS) from error
+        if dtype.kind not in ("iubf" if self.joints else "iub"):
+            raise data_error(path, expected="integers", actual=f"dtype {dtype}", remedy=_BAD_TOKENS)
+        if self.joints:
+            self._check_order(path, shape)
+        if int(np.prod(shape)) != self.length and (
+            len(shape) < 2 or shape[0] < 1 or int(np.prod(shape[1:])) != self.length
+        ):
+            raise data_error(
+                path,
+                expected=f"{self.length} tokens, or an augmentation axis before them",
+                actual=f"shape {shape}",
+                remedy="Correct max_seq_lens, or prepare this sample again.",
+            )
+        return dtype, shape, fortran
+
+    def _check_order(self, path: str | os.PathLike, shape: tuple[int, ...]) -> None:
+        joints = self.length // 3
+        reason = None
+        if joints != 3 and shape[-2:] == (joints, 3):
+            reason = "joint by joint"
+        elif shape[-2:] in ((joints, 2), (2, joints)):
+            reason = "without visibility"
+        if reason is not None:
+            raise data_error(
+                path, expected=f"rows x, y, visibility (3, {joints})", actual=f"{shape}, {reason}", remedy=_OLD_RULES
+            )
+
+
+def _from_fractions(path: str | os.PathLike, values: np.ndarray) -> np.ndarray:
+    """Float x, y in [0, 1] and visibility to tokens, by the rule of ``m4kernels.quantize_coords``."""
+    x, y, visibility = values.astype(np.float64).reshape(3, -1)
+    xy = np.stack([x, y])
+    if not np.isin(visibility, (0, 1)).all():
+        raise data_error(path, expected="visibility 0 or 1", actual=_extremes(visibility), remedy=_OLD_RULES)
+    visible = (visibility == 1) & np.isfinite(xy).all(0)
+    # A joint may lie outside the frame, but not frames away from it.
+    if (np.abs(xy[:, visible] - 0.5) > 1).any():
+        raise data_error(
+            path,
+            expected="float joints in [0, 1], fractions of the canvas",
+            actual=f"{_extremes(xy[:, visible])}, perhaps pixels of a frame whose size is not known here",
+            remedy=_OLD_RULES,
+        )
+    visible &= ((xy >= 0) & (xy <= 1)).all(0)
+    tokens = np.rint(np.clip(np.nan_to_num(xy, nan=0.0, posinf=0.0, neginf=0.0), 0, 1) * (BINS - 1))
+    return np.concatenate([*tokens, visible]).astype(np.int64)
+
+
+def check_joints(modality: str, rows: np.ndarray, paths: Sequence[str], bins: int = BINS) -> list[str]:
+    """What must be said about the joints of a split, rows (N, 3·J); DataError for what is of other rules.
+
+    ``bins``: of the data, per axis.
+    """
+    count = rows.shape[1] // 3
+    xy, visibility = rows[:, : 2 * count].reshape(-1, 2, count), rows[:, 2 * count :]
+    if visibility.max(initial=0) > 1:
+        by_joint = rows.reshape(len(rows), count, 3)
+        if by_joint[..., 2].max(initial=0) <= 1:
+            raise data_error(
+                paths[0],
+                expected=f"{modality} as rows x, y, visibility",
+                actual="every third value 0 or 1: x, y, visibility joint by joint",
+                remedy=_OLD_RULES,
+            )
+        return ["visibility is not 0 or 1 everywhere; taken as tokens that mean nothing else"]
+    if xy.max(initial=0) >= bins:
+        row = int(xy.reshape(len(rows), -1).max(1).argmax())
+        raise data_error(
+            paths[row],
+            expected=f"joints in bins 0 … {bins - 1}",
+            actual=f"{int(xy.max())}, as the M3 rules may give",
+            remedy=_OLD_RULES,
+        )
+    seen = xy.transpose(0, 2, 1)[visibility == 1]
+    if len(seen) >= _ENOUGH_JOINTS and 1 < seen.max() <= _PIXELS < bins // 4:
+        raise data_error(
+            paths[0],
+            expected=f"joints in {bins:,} bins",
+            actual=f"none of {len(seen):,} visible joints beyond {int(seen.max())}: pixels, or fewer bins",
+            remedy=_OLD_RULES,
+        )
+    return []
+
+
+def read_rows(
+    root: Path, modality: str, paths: Sequence[str], length: int, vocab_size: int = BINS
+) -> tuple[np.ndarray, list[str]]:
+    """All files of one modality of a split as int64 (N, length), and what was assumed in reading them.
+
+    Raises DataError for a file that cannot be read, or joints of other rules than ours (judged where the vocabulary
+    has room for 8,192 bins).
+    """
+    joints = is_joints(modality, length)
+    reader = TokenReader(length, joints)
+    rows = np.stack([reader.read(path) for path in paths]).astype(np.int64)
+    notes = [f"files {assumption} ({files} of {len(paths)})" for assumption, files in reader.notes.items()]
+    if joints and vocab_size >= BINS:
+        meta = read_meta(root)
+        bins = meta["modalities"][modality]["vocab_size"] if modality in meta.get("modalities", {}) else BINS
+        notes += check_joints(modality, rows, paths, bins)
+        if not meta:
+            notes.append(
+                "no meta.json of python -m m4.data, so nothing says how joints were scaled; taken as sharing the "
+                "window of the frames (the M3 notebook's rules displace them: prepare such data again)"
+            )
+    return rows, notes
+
+
+def _extremes(values: np.ndarray) -> str:
+    return f"{values.min():.4g} … {values.max():.4g}"
+
+
+__all__ = ["DataError", "TokenReader", "check_joints", "is_joints", "read_rows"]
