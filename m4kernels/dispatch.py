@@ -133,9 +133,14 @@ class Dispatcher:
         if settled is not None:
             return settled
         module = self._choose(named, backend, args)
-        if module.can_run is runs_always:
+        # A slower backend that stood in for one which refused these arguments is no answer for others.
+        if module.can_run is runs_always and (named or module is self.module(self._candidates(args[0].device.type)[0])):
             self._settled[named, args[0].device] = module
         return module
+
+    def _candidates(self, device_type: str) -> tuple[str, ...]:
+        """What the automatic choice considers, fastest first."""
+        return tuple(name for name in _CANDIDATES.get(device_type, ("reference",)) if name in self.backends)
 
     def _choose(self, named: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
         if named:
@@ -152,9 +157,7 @@ class Dispatcher:
                 )
             return self.module(named)
         device_type = args[0].device.type
-        for name in _CANDIDATES.get(device_type, ("reference",)):
-            if name not in self.backends:
-                continue
+        for name in self._candidates(device_type):
             why_not = unavailable(name, device_type) or self.module(name).can_run(*args)
             if why_not is None:
                 return self.module(name)

@@ -80,3 +80,16 @@ def test_the_interpreter_is_never_chosen_by_itself(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dispatcher = Dispatcher("quantize_coords", ("triton", "cpp", "reference"))
     assert dispatcher.select("", *CALL).__name__.endswith(".cpp")
+
+
+def test_what_runs_some_arguments_is_not_remembered_for_all() -> None:
+    dispatcher = Dispatcher("cross_modal_attention", ("cpp", "reference"))
+    for dtype, expected in ((torch.float64, ".reference"), (torch.float32, ".cpp"), (torch.float64, ".reference")):
+        assert dispatcher.select("", torch.zeros(1, 1, 8, dtype=dtype)).__name__.endswith(expected)
+
+
+def test_a_backend_that_runs_everything_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher = Dispatcher("quantize_coords", ("cpp", "reference"))
+    first = dispatcher.select("", *CALL)
+    monkeypatch.setattr(dispatcher, "_choose", None)
+    assert dispatcher.select("", *CALL) is first
