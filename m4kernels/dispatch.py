@@ -132,9 +132,10 @@ class Dispatcher:
         settled = self._settled.get((named, args[0].device))
         if settled is not None:
             return settled
-        module = self._choose(named, backend, args)
+        name = self._choose(named, backend, args)
+        module = self.module(name)
         # A slower backend that stood in for one which refused these arguments is no answer for others.
-        if module.can_run is runs_always and (named or module is self.module(self._candidates(args[0].device.type)[0])):
+        if module.can_run is runs_always and (named or name == self._candidates(args[0].device.type)[0]):
             self._settled[named, args[0].device] = module
         return module
 
@@ -142,7 +143,7 @@ class Dispatcher:
         """What the automatic choice considers, fastest first."""
         return tuple(name for name in _CANDIDATES.get(device_type, ("reference",)) if name in self.backends)
 
-    def _choose(self, named: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
+    def _choose(self, named: str, backend: str, args: tuple[Any, ...]) -> str:
         if named:
             if named not in BACKENDS:
                 origin = "backend" if backend else ENVIRONMENT_VARIABLE
@@ -155,12 +156,12 @@ class Dispatcher:
                 raise ValueError(
                     f"{self.op}: backend {named!r} cannot run: {why_not}. Usable here: {', '.join(usable)}"
                 )
-            return self.module(named)
+            return named
         device_type = args[0].device.type
         for name in self._candidates(device_type):
             why_not = unavailable(name, device_type) or self.module(name).can_run(*args)
             if why_not is None:
-                return self.module(name)
+                return name
             self._say_once(name, why_not)
         raise AssertionError(f"{self.op}: the reference backend refused")  # can_run of a reference is always None
 
