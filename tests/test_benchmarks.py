@@ -82,6 +82,10 @@ def test_runs_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     medians = measure.alternate(runs, seconds=0, rounds=(4, 4))
     assert calls == ["a", "a", "b", "b", *["a", "b"] * 4]  # each is warmed up; then four rounds
     assert set(medians) == {"a", "b"}
+    calls.clear()
+    monkeypatch.setattr(measure, "timed", lambda run: run() or measure.SECONDS_A_TURN / 3)
+    measure.alternate(runs, seconds=0, rounds=(2, 2))
+    assert calls == ["a", "a", "b", "b", *[*"a" * 4, *"b" * 4] * 2]  # three in a turn, one more untimed before them
     monkeypatch.setattr(measure, "timed", lambda run: 1e-6)
     assert measure.warm_up(runs["a"]) == (1e-6, 200)  # repeated until the clock's noise does not show
     monkeypatch.setattr(measure, "timed", lambda run: 3.0)
