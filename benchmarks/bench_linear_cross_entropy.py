@@ -89,7 +89,11 @@ def peer(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tokens],
 
 
 BACKENDS = backends("linear_cross_entropy")
-BASELINES = ("reference", "whole logits packed", "whole logits padded") + (("whole logits compiled",) if ON_GPU else ())
+BASELINES = ("reference", "whole logits packed", "whole logits padded")
+if ON_GPU:
+    BASELINES += ("whole logits compiled",)
+elif hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13
+    BASELINES += ("F.linear_cross_entropy",)
 GPU_PEERS = {
     "whole logits compiled": lambda *inputs: whole_logits.compiled()(*inputs),
     "Liger": installed.liger,

@@ -146,7 +146,7 @@ def stages_of(gpu: bool, out: Path, python: str = sys.executable) -> list[Stage]
     pip = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index")
     offline = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore"}
     repeats = "tests/ops/test_repeats.py"
-    step = "tests/trainer/test_training_step.py"
+    step, step_on_cpu = "tests/trainer/test_training_step_cuda.py", "tests/trainer/test_training_step.py"
     if not gpu:
         small = "test_time and (sample or small) and cpp and not training_step"
         return [
@@ -155,7 +155,7 @@ def stages_of(gpu: bool, out: Path, python: str = sys.executable) -> list[Stage]
             Stage("repeats and masks", (*pytest, "-q", repeats), 120),
             # Collected in whole, so that a broken import or mark shows; without a GPU all of them are skipped.
             Stage("cuda tests", (*pytest, "-q", "-m", "cuda", "tests"), 120),
-            Stage("training step", (*pytest, "-q", step, "-k", "recorded or nothing_reads"), 120),
+            Stage("training step", (*pytest, "-q", step_on_cpu, "-k", "recorded or nothing_reads"), 120),
             Stage("op benchmarks", (*bench, "-k", small), 120),
             Stage("step benchmarks", (*pytest, "-q", "tests/test_gpu_session.py", "-k", "step"), 120),
             Stage("plots", (python, "-m", "benchmarks.plot", "--folder", str(out)), 60),

@@ -1,5 +1,6 @@
 """A tiny token set and configuration, and the real command line in a process of its own."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -88,3 +89,9 @@ def run_command_line(module: str, *arguments: object, cwd: Path, **more) -> subp
     return subprocess.run(
         command(module, *arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, **more
     )
+
+
+@pytest.fixture
+def config(tiny_train_config):
+    """Vocabularies of different sizes, so that limits of classes are at work."""
+    return dataclasses.replace(tiny_train_config, vocab_sizes=[64, 60, 64, 60])

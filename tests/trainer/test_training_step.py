@@ -5,139 +5,33 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import m4.feed
 import m4.train
 from m4.batches import TokenRows
-from m4.build import build_model, data_root, masking_spec, open_split
+from m4.build import data_root, open_split
 from m4.checkpoint import newest_whole
 from m4.config import ConfigError, load_config
-from m4.feed import Feed
-from m4.logging import read_metrics
 from m4.optim import build_optimizer, load_optimizer_state
-from m4.plan import Plan
-from m4.step import CudaGraphs, Execution, TrainStep
-from m4.stream import SampleStream
+from m4.step import Execution
 from m4.train import train
 from tests.trainer.conftest import environment
-
-CPU = torch.device("cpu")
-OPS = ("mask_tokens", "cross_modal_attention", "linear_cross_entropy")
-AS_ON_A_GPU = Execution(asynchronous=True, graphs=False)
-needs_cuda = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-
-class PlainRecorder:
-    """Stands for `CudaGraphs`: what it records is the function itself."""
-
-    def __init__(self):
-        self.recorded = 0
-
-    def warm_up(self, function):
-        function()
-
-    def record(self, function):
-        self.recorded += 1
-        return function
-
-
-class ForbidReading(TorchDispatchMode):
-    """Refuse whatever would make the host wait for a GPU: values of tensors, and shapes that depend on values.
-
-    Kernels are taken as they are: those of a CPU may read their tensors, on a GPU CUDA watches.
-    """
-
-    FORBIDDEN = (
-        "aten._local_scalar_dense",
-        "aten.nonzero",
-        "aten.masked_select",
-        "aten.unique",
-        "aten._unique2",
-        "aten.is_nonzero",
-        "aten.equal",
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        if any(name.startswith(f"{forbidden}.") for forbidden in self.FORBIDDEN) and not any(
-            "m4kernels/ops" in frame.filename for frame in traceback.extract_stack()
-        ):
-            raise AssertionError(f"{name} reads values on the host")
-        if name.startswith("aten.index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in (args[1] if len(args) > 1 else ()) or ()
-        ):
-            raise AssertionError(f"{name} with a boolean mask has a shape that depends on values")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def config(tiny_train_config):
-    return dataclasses.replace(tiny_train_config, vocab_sizes=[64, 60, 64, 60])
-
-
-class Setup:
-    """A model with a non-zero head, its optimiser, and feeds of both kinds."""
-
-    def __init__(self, config, device=CPU, execution=AS_ON_A_GPU, fixed_shapes=True):
-        self.config, self.device = config, device
-        self.plan = Plan.of(config, 1)
-        store = open_split(config, data_root(config), "train")
-        self.feed = Feed(
-            store,
-            SampleStream(len(store), config.seed),
-            masking_spec(config),
-            config,
-            self.plan,
-            device,
-            fixed_shapes=fixed_shapes,
-            resident=True,
-        )
-        self.model = build_model(config, device)
-        with torch.no_grad():
-            self.model.to_logits.weight.copy_(
-                torch.randn(self.model.to_logits.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.1
-            )
-        self.optimizer = build_optimizer(self.model, config)
-        forward = torch.compile(self.model, dynamic=not fixed_shapes) if config.compile else self.model
-        self.step = TrainStep(self.model, forward, self.optimizer, config, device, execution, self.feed.capacity)
-
-    def run(self, steps, first=0):
-        """Figures of each step."""
-        figures = []
-        for index in range(first, first + steps):
-            self.launch(index)
-            figures.append(self.step.read())
-        return figures
-
-    def launch(self, index):
-        inputs = self.feed.step(index * self.plan.samples_per_step)
-        self.step.start(inputs.counts, 1e-3 * (index + 1))
-        for batch in inputs.micro_batches:
-            self.step.micro_batch(batch.masked)
-        self.step.update()
-
-    def record(self, recorder):
-        self.step.record(self.feed.example(0), recorder, self.plan.accumulation)
-        return self
-
-    def weights(self):
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
-
-
-def assert_same(a, b, **tolerance):
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+from tests.trainer.training_step import (
+    AS_ON_A_GPU,
+    CPU,
+    OPS,
+    ForbidReading,
+    PlainRecorder,
+    Setup,
+    assert_same,
+    logged_losses,
+)
 
 
 @pytest.mark.parametrize("setting", [{}, {"dtype": "bf16"}, {"kernels": "reference"}], ids=str)
@@ -323,11 +217,6 @@ def test_rows_of_a_resident_store_are_those_of_the_file(config):
         assert table.lengths(rows) is None
 
 
-def _losses(config):
-    lines = read_metrics(config.run_dir / "metrics.jsonl")
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
-
-
 def test_training_as_on_a_gpu(config, monkeypatch):
     """The whole trainer with fixed shapes and late reading: the same losses; a resumed run ends with the same bits."""
     config.log.every, config.stop_after_steps = 3, 10
@@ -335,9 +224,9 @@ def test_training_as_on_a_gpu(config, monkeypatch):
     monkeypatch.setattr(m4.train.Execution, "of", lambda *_: AS_ON_A_GPU)
     straight = dataclasses.replace(config, run_name="straight")
     assert train(straight, "command") == 0
-    usual = _losses(dataclasses.replace(config, run_name="usual"))
-    assert _losses(straight).keys() == usual.keys() == {3, 6, 9}
-    assert _losses(straight) == pytest.approx(usual, rel=1e-3)
+    usual = logged_losses(dataclasses.replace(config, run_name="usual"))
+    assert logged_losses(straight).keys() == usual.keys() == {3, 6, 9}
+    assert logged_losses(straight) == pytest.approx(usual, rel=1e-3)
     pieces = dataclasses.replace(config, run_name="pieces", stop_after_steps=4)
     assert train(pieces, "command") == 0
     assert train(dataclasses.replace(pieces, stop_after_steps=10), "command") == 0
@@ -394,73 +283,3 @@ def test_cuda_graphs_key(config, tiny_config):
     assert Execution.of(config, gpu) == Execution(True, True)
     assert Execution.of(dataclasses.replace(config, cuda_graphs="off"), gpu) == Execution(True, False)
     assert Execution.of(dataclasses.replace(config, kernels="reference"), gpu) == Execution(True, False)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {},
-        {"dtype": "bf16"},
-        {"global_batch_size": 4},
-        {"kernels": "reference"},
-        {"batch_size": 128, "global_batch_size": 512},  # more than 4,096 tokens: other kernels for embedding gradients
-        {"compile": True, "dtype": "bf16"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("_", [pytest.param("cuda", marks=needs_cuda)])
-def test_captured_step_is_the_eager_step(config, setting, _):
-    """Losses, norms and weights after five steps: the same bits, since the kernels and their order are the same.
-
-    For PyTorch's attention and compiled embeddings, whose backward passes may add in any order, nearly the same.
-    """
-    config = dataclasses.replace(config, **setting)
-    config.input_tokens_range, config.target_tokens_range = [12, 24], [4, 12]
-    cuda = torch.device("cuda")
-    eager = Setup(dataclasses.replace(config, compile=False), cuda)
-    graphs = Setup(config, cuda, Execution(True, True)).record(CudaGraphs(cuda))
-    if config.kernels == "reference" or config.compile:
-        rounding = 2e-2 if config.dtype == "bf16" else 1e-3
-        for a, b in zip(eager.run(5), graphs.run(5), strict=True):
-            assert b.losses == pytest.approx(a.losses, rel=rounding)
-            assert b.norm == pytest.approx(a.norm, rel=rounding)
-        return
-    assert eager.run(5) == graphs.run(5)
-    assert_same(eager.weights(), graphs.weights(), rtol=0, atol=0)
-    again = Setup(config, cuda, Execution(True, True)).record(CudaGraphs(cuda))
-    again.run(5)
-    assert_same(again.weights(), graphs.weights(), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("captured", [pytest.param(value, marks=needs_cuda) for value in (False, True)])
-def test_no_synchronisation_between_log_points(config, captured):
-    cuda = torch.device("cuda")
-    setup = Setup(config, cuda, Execution(True, captured))
-    if captured:
-        setup.record(CudaGraphs(cuda))
-    setup.run(2)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for index in (2, 3, 4):
-            setup.launch(index)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    figures = setup.step.read()
-    assert figures.finite
-    assert figures.updates == 3
-
-
-@pytest.mark.parametrize("graphs", [pytest.param(value, marks=needs_cuda) for value in ("on", "off")])
-def test_trainer_on_cuda(config, graphs):
-    """As on the CPU within rounding, and bit for bit when it is resumed."""
-    config.stop_after_steps, config.log.every = 10, 2
-    assert train(dataclasses.replace(config, run_name="cpu"), "command") == 0
-    config.device, config.cuda_graphs = "cuda", graphs
-    straight = dataclasses.replace(config, run_name="straight")
-    assert train(straight, "command") == 0
-    assert _losses(straight) == pytest.approx(_losses(dataclasses.replace(config, run_name="cpu")), rel=1e-2)
-    pieces = dataclasses.replace(config, run_name="pieces", stop_after_steps=4)
-    assert train(pieces, "command") == 0
-    assert train(dataclasses.replace(pieces, stop_after_steps=10), "command") == 0
-    weights = [load_file(newest_whole(c.run_dir)[0] / "model.safetensors") for c in (straight, pieces)]
-    assert_same(*weights, rtol=0, atol=0)
