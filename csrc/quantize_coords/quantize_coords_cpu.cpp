@@ -22,8 +22,8 @@ struct Affine {
     T scale_x, scale_y, offset_x, offset_y;
 };
 
-// c / canvas. By a power of two, such as M4's 256, the product with the reciprocal has the same bits in a third of the
-// time.
+// c / canvas. By a power of two, such as M4's 256, the product with the reciprocal has the same bits and takes fewer
+// cycles.
 template <bool kPowerOfTwo, typename T, typename V>
 inline __attribute__((always_inline)) V share(const QuantizeArgs<T>& a, V c) {
     if constexpr (kPowerOfTwo) {

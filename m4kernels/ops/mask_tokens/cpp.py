@@ -8,25 +8,17 @@ from torch import Tensor
 
 from m4kernels import _ext
 from m4kernels.dispatch import runs_always
+from m4kernels.ops.mask_tokens.native import TOKEN_TYPES, native_plan, readable
 from m4kernels.ops.mask_tokens.plan import Plan
 from m4kernels.ops.mask_tokens.reference import Draw, bad_length, too_small
 from m4kernels.segments import IGNORE_INDEX
-
-_TOKEN_TYPES = {torch.uint16: 0, torch.int32: 1, torch.int64: 2}  # masking::TokenType; others are converted
-
 
 can_run = runs_always
 
 
 @functools.lru_cache(maxsize=64)
 def _native(plan: Plan) -> Any:
-    spec, inputs, targets = plan.spec, plan.inputs, plan.targets
-    return _ext.require().MaskPlan(
-        spec.max_seq_lens,
-        *(inputs.rows, inputs.low, inputs.high),
-        *(targets.rows, targets.low, targets.high),
-        *(plan.gamma.data_ptr(), plan.exp2.data_ptr()),  # alive as long as the plan, which is this cache's key
-    )
+    return native_plan(_ext.require().MaskPlan, plan)  # the plan is this cache's key, so it lives as long
 
 
 def mask_tokens(
@@ -39,13 +31,7 @@ def mask_tokens(
     """As `reference.mask_tokens`."""
     extension = _ext.require()
     batch, modalities = tokens.shape[0], plan.spec.num_modalities
-    if tokens.dtype not in _TOKEN_TYPES:
-        tokens = tokens.to(torch.int64)
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    sample_ids = draw.sample_ids.contiguous()
-    if lengths is not None:
-        lengths = lengths.to(torch.int64).contiguous()
+    tokens, sample_ids, lengths = readable(tokens, draw, lengths)
     common = (
         _native(plan),
         draw.seed,
@@ -74,7 +60,7 @@ def mask_tokens(
         (*pointers[i], *(x.data_ptr() for x in packed[i]), sizes[i], fill) for i, fill in enumerate((0, IGNORE_INDEX))
     ]
     extension.mask_tokens_fill(
-        *common, tokens.data_ptr(), _TOKEN_TYPES[tokens.dtype], tokens.stride(0), *sides[0], *sides[1]
+        *common, tokens.data_ptr(), TOKEN_TYPES[tokens.dtype], tokens.stride(0), *sides[0], *sides[1]
     )
     (in_counts, in_cu), (out_counts, out_cu) = segments
     return (*packed[0], in_cu, in_counts, *packed[1], out_cu, out_counts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m4kernels import _cuda, _ext
-from m4kernels.ops.mask_tokens.cpp import _TOKEN_TYPES
+from m4kernels.ops.mask_tokens.native import TOKEN_TYPES, native_plan, readable
 from m4kernels.ops.mask_tokens.plan import Plan
 from m4kernels.ops.mask_tokens.reference import Draw, check_lengths
 from m4kernels.segments import IGNORE_INDEX
@@ -47,13 +47,7 @@ def mask_tokens(
 
 @functools.lru_cache(maxsize=64)
 def _native(plan: Plan) -> Any:
-    spec, inputs, targets = plan.spec, plan.inputs, plan.targets
-    return _ext.require().MaskBlockPlan(
-        spec.max_seq_lens,
-        *(inputs.rows, inputs.low, inputs.high),
-        *(targets.rows, targets.low, targets.high),
-        *(plan.gamma.data_ptr(), plan.exp2.data_ptr()),  # alive as long as the plan, which is this cache's key
-    )
+    return native_plan(_ext.require().MaskBlockPlan, plan)  # the plan is this cache's key, so it lives as long
 
 
 def _mask_tokens(
@@ -69,13 +63,7 @@ def _mask_tokens(
     extension = _ext.require()
     empty = functools.partial(torch.empty, device=tokens.device)
     batch, modalities = tokens.shape[0], plan.spec.num_modalities
-    if tokens.dtype not in _TOKEN_TYPES:
-        tokens = tokens.to(torch.int64)
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    sample_ids = draw.sample_ids.contiguous()
-    if lengths is not None:
-        lengths = lengths.to(torch.int64).contiguous()
+    tokens, sample_ids, lengths = readable(tokens, draw, lengths)
     common = (
         *(_native(plan), draw.seed, draw.epoch, sample_ids.data_ptr(), batch),
         0 if lengths is None else lengths.data_ptr(),
@@ -103,7 +91,7 @@ def _mask_tokens(
         (*pointers[i], *(x.data_ptr() for x in packed[i]), sizes[i], fill) for i, fill in enumerate((0, IGNORE_INDEX))
     ]
     getattr(extension, f"mask_tokens_fill_{target}")(
-        *(*common, fits.data_ptr(), tokens.data_ptr(), _TOKEN_TYPES[tokens.dtype], tokens.stride(0)),
+        *(*common, fits.data_ptr(), tokens.data_ptr(), TOKEN_TYPES[tokens.dtype], tokens.stride(0)),
         *(*sides[0], *sides[1], *where),
     )
     (in_counts, in_cu), (out_counts, out_cu) = segments

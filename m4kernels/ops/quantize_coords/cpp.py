@@ -21,8 +21,8 @@ def quantize_coords(
     xy = (xy if xy.dtype == dtype else xy.to(dtype)).contiguous()
     visible = visible.contiguous()
     pairs = (*batch, 2)
-    scale, scale_step = _per_sample(scale, pairs, dtype)
-    offset, offset_step = _per_sample(offset, pairs, dtype)
+    scale, scale_step = per_sample(scale, pairs, dtype)
+    offset, offset_step = per_sample(offset, pairs, dtype)
     tokens = torch.empty((*batch, 3 * joints), dtype=torch.int64)
     extension = _ext.require()
     kernel = extension.quantize_coords_f64 if dtype == torch.float64 else extension.quantize_coords_f32
@@ -62,7 +62,7 @@ def dequantize_coords(tokens: Tensor, canvas: float, bins: int) -> tuple[Tensor,
     return xy, visible
 
 
-def _per_sample(value: Tensor | None, pairs: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | None, int]:
+def per_sample(value: Tensor | None, pairs: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | None, int]:
     """(contiguous values, elements from one sample's pair to the next: 2, or 0 when all samples share one pair)."""
     if value is None:
         return None, 0

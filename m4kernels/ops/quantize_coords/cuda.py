@@ -6,7 +6,7 @@ from torch import Tensor
 from m4kernels import _cuda, _ext
 from m4kernels._dtypes import compute_dtype
 from m4kernels.dispatch import runs_always
-from m4kernels.ops.quantize_coords.cpp import _per_sample
+from m4kernels.ops.quantize_coords.cpp import per_sample
 
 can_run = runs_always
 
@@ -40,8 +40,8 @@ def _quantize(
     batch, joints = xy.shape[:-2], xy.shape[-2]
     xy = _cuda.aligned(xy.to(dtype))
     visible = visible.contiguous()
-    scale, scale_step = _per_sample(scale, (*batch, 2), dtype)
-    offset, offset_step = _per_sample(offset, (*batch, 2), dtype)
+    scale, scale_step = per_sample(scale, (*batch, 2), dtype)
+    offset, offset_step = per_sample(offset, (*batch, 2), dtype)
     scale = None if scale is None else _cuda.aligned(scale)
     offset = None if offset is None else _cuda.aligned(offset)
     tokens = torch.empty((*batch, 3 * joints), dtype=torch.int64, device=xy.device)
