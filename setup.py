@@ -12,6 +12,7 @@ empty counts as not set):
     MAX_JOBS=2                   how many compilers run at once (default: ninja's, the number of cores and two)
 """
 
+import importlib
 import os
 import platform
 import re
@@ -63,7 +64,11 @@ uint32_t probe(const Number auto* values, int n) {
     for (int i = 0; i < n; ++i) sum += values[i];
     return std::bit_cast<uint32_t>(sum);
 }
-template uint32_t probe(const float*, int);
+int main(int n, char**) {
+    if (n > 9) throw n;  // gcc, which is no g++, leaves the library of C++ out
+    const float values[] = {1, 2};
+    return probe(values, 2) == 0;
+}
 """
 # What compilers, linkers and ninja say (in English, by LC_ALL=C) when not the sources are to blame, and what to do.
 REMEDIES = {
@@ -126,7 +131,7 @@ def check_compiler(cxx: Sequence[str], flags: Sequence[str], folder: Path) -> No
     """Compile a small program as the sources will be; fails in a line that says what to install."""
     (folder / "probe.cpp").write_text(PROBE)
     widest = list(simd_levels().values())[-1]
-    done = ask(*cxx, *flags, *widest, "-shared", "probe.cpp", "-o", "probe.so", folder=folder)
+    done = ask(*cxx, *flags, *widest, "probe.cpp", "-o", "probe", folder=folder)
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         said = next((line for line in lines if "error" in line), lines[0] if lines else f"status {done.returncode}")
@@ -195,19 +200,13 @@ def cuda_plan(cuda_sources: Sequence[object]) -> tuple[str, list[int]] | None:
 def cuda_version(nvcc: str) -> str:
     """Of the toolkit, such as "13.0"."""
     said = ask(nvcc, "--version").stdout
-    found = re.search(r"release (\d+\.\d+)", said)
-    if found is None:
-        fail(f"`{nvcc} --version` names no release:\n{said}\nSet M4KERNELS_CUDA=0 to build without CUDA.")
-    return found[1]
+    if found := re.search(r"release (\d+\.\d+)", said):
+        return found[1]
+    fail(f"`{nvcc} --version` names no release:\n{said}\nSet M4KERNELS_CUDA=0 to build without CUDA.")
 
 
 def ninja_command() -> str:
-    found = shutil.which("ninja")
-    if found is None:
-        import ninja
-
-        found = str(Path(ninja.BIN_DIR) / "ninja")
-    return found
+    return shutil.which("ninja") or str(Path(importlib.import_module("ninja").BIN_DIR) / "ninja")
 
 
 def include_folders() -> list[str]:
@@ -231,8 +230,7 @@ def mirror(folder: Path) -> list[str]:
     So no command names a folder of the user's, whatever its name holds (nvcc takes no $ in a path), and what is
     compiled anew depends on the content of a file, not on the time that git or an archive gave it.
     """
-    names: list[str] = sources.files(ROOT)
-    for name in names:
+    for name in (names := sources.files(ROOT)):
         content = (ROOT / name).read_bytes()
         copy = folder / name
         if not (copy.is_file() and copy.read_bytes() == content):
@@ -338,11 +336,9 @@ def write_ninja(folder: Path, cxx: Sequence[str], cuda: tuple[str, list[int]] | 
     (folder / "build.ninja").write_bytes(os.fsencode(text))
 
 
-def run_ninja(folder: Path, jobs: str) -> tuple[int, str]:
+def run_ninja(folder: Path, jobs: Sequence[str]) -> tuple[int, str]:
     """Its exit status and what it said, which is passed on as it comes."""
-    command = [ninja_command(), *(["-j", jobs] if jobs else [])]
-    environment = os.environ | {"LC_ALL": "C"}
-    lines = []
+    command, environment, lines = [ninja_command(), *jobs], os.environ | {"LC_ALL": "C"}, []
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with subprocess.Popen(command, cwd=folder, env=environment, **pipe) as process:
         for line in process.stdout or ():
@@ -355,11 +351,17 @@ class NinjaBuild(build_ext):
     """Compiles with ninja in the folder of temporary files, then puts the extension where setuptools wants it."""
 
     def run(self) -> None:
+        self.cxx = host_compiler()
+        # Setuptools prepares a compiler of its own, which is not used, and stumbles over a quote in one of these.
+        read = re.compile("CC|CXX|CPP|AR|LD(CXX)?SHARED|(C|CXX|CPP|LD|AR)FLAGS")
+        inherited = {name: os.environ.pop(name) for name in list(os.environ) if read.fullmatch(name)}
         try:
             super().run()
         except (OSError, BaseError) as error:  # also of copying the extension to its place
             folder = Path(self.build_temp).resolve()
             fail(f"{error}: {remedy(str(error), folder) or 'mend that, then install again'}")
+        finally:
+            os.environ.update(inherited)
 
     def build_extension(self, ext: Extension) -> None:
         folder = (Path(self.build_temp) / "ninja").resolve()
@@ -367,16 +369,15 @@ class NinjaBuild(build_ext):
         jobs = setting("MAX_JOBS", str(self.parallel or ""))
         if jobs and not re.fullmatch(r"[1-9]\d*", jobs):
             fail(f"MAX_JOBS={jobs!r}: expected how many compilers may run at once, such as 2")
-        cxx = host_compiler()
         cuda = cuda_plan([name for name in sources.files(ROOT) if name.endswith("_cuda.cu")])
-        say(f"CPU: compiling with {shlex.join(cxx)}; SIMD levels {', '.join(simd_levels())} (chosen at run time)")
+        say(f"CPU: compiling with {shlex.join(self.cxx)}; SIMD levels {', '.join(simd_levels())} (chosen at run time)")
         try:
-            write_ninja(folder, cxx, cuda)
-            status, output = run_ninja(folder, jobs)
+            write_ninja(folder, self.cxx, cuda)
+            status, output = run_ninja(folder, ["-j", jobs] if jobs else [])
         except ModuleNotFoundError as error:
             fail(f"{error.name} is not installed: `pip install pybind11 ninja`, or leave --no-build-isolation out")
         if status:
-            cause = remedy(output, folder) or f"{shlex.join(cxx)} did not take the sources; please report it"
+            cause = remedy(output, folder) or f"{shlex.join(self.cxx)} did not take the sources; please report it"
             fail(f"compilation failed (see above): {cause}")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ What is broken is told in a line of its own and does not end the report; then th
 """
 
 import importlib.util
+import os
 import pkgutil
 import platform
 import sys
@@ -85,4 +86,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `python -m m4kernels | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
