@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN_NAME ?= demo
 
-# A word for the shell, whatever it holds. A variable that is set but empty counts as not set.
+# A word for the shell, whatever it holds.
 quoted = '$(subst ','\'',$(1))'
-python := $(or $(strip $(PYTHON)),python3)
-venv := $(or $(VENV),.venv)
-run_name := $(or $(RUN_NAME),demo)
+# A variable as it was given: a $ in the environment's stays one. Set but empty counts as not set.
+given = $(if $(filter environment,$(origin $(1))),$(value $(1)),$($(1)))
+python := $(or $(strip $(call given,PYTHON)),python3)
+venv := $(or $(call given,VENV),.venv)
+run_name := $(or $(call given,RUN_NAME),demo)
 # $(PYTHON) is a program, or a command such as "arch -arm64 python3".
 BASE_PYTHON := $(if $(shell command -v $(call quoted,$(python))),$(call quoted,$(python)),$(python))
 # Tools run as modules of it: the scripts in bin/ do not start from folders with some names.

@@ -98,11 +98,9 @@ def setting(name: str, default: str = "") -> str:
 
 def ask(*command: str, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
     """Run a program, in English, and read what it says."""
-    environment = os.environ | {"LC_ALL": "C"}
+    pipe = {"capture_output": True, "text": True, "errors": "backslashreplace"}
     try:
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, errors="backslashreplace"
-        )
+        return subprocess.run(command, cwd=folder, env=os.environ | {"LC_ALL": "C"}, **pipe)
     except OSError as error:
         fail(f"{shlex.join(command)}: {error.strerror}")
 
@@ -140,8 +138,7 @@ def check_compiler(cxx: Sequence[str], flags: Sequence[str], folder: Path) -> No
 
 def find_nvcc() -> str | None:
     """nvcc from $NVCC, $CUDA_HOME/bin, the PATH, then the usual place."""
-    given = setting("NVCC")
-    if given:
+    if given := setting("NVCC"):
         found = shutil.which(given)
         return os.path.abspath(found) if found else fail(f"NVCC={given!r}: there is no such program; unset it?")
     for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -277,8 +274,7 @@ def flags_of(cuda: tuple[str, list[int]] | None) -> tuple[list[str], list[str], 
     else:
         common.append("-fopenmp")
         link.append("-fopenmp")
-    wanted = setting("M4KERNELS_SANITIZE")
-    if wanted:
+    if wanted := setting("M4KERNELS_SANITIZE"):
         if not re.fullmatch(r"[a-z-]+(,[a-z-]+)*", wanted):
             fail(f"M4KERNELS_SANITIZE={wanted!r}: expected names of sanitizers, such as address,undefined")
         say(f"sanitizers: {wanted}")
@@ -308,7 +304,7 @@ def write_ninja(folder: Path, cxx: Sequence[str], cuda: tuple[str, list[int]] | 
         if name.endswith(".cpp") and name not in cpu:
             edge("cxx", name, "", bindings if name == "csrc/bindings.cpp" else [])
     linker, nvcc = "$cxx", ""
-    if cuda is not None:
+    if cuda:
         # nvcc's files in between go to the build folder as well: it takes no $ in the name of TMPDIR either.
         nvcc = f"TMPDIR=. {shell([cuda[0], '-ccbin', ccbin(cxx, folder)])}"
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda[1]]
@@ -385,15 +381,17 @@ class NinjaBuild(build_ext):
         shutil.copy(folder / "_C.so", target)
 
 
-def check_writable(root: Path) -> None:
-    """Setuptools writes into the checkout, whatever is asked of it."""
+def check_places(root: Path, prefix: str) -> None:
+    """Setuptools writes into the checkout, whatever is asked of it, and takes some names of folders for variables."""
     for folder in (root, root / "m4kernels"):
         if not os.access(folder, os.W_OK):
             fail(f"{folder} cannot be written: install from a copy of the repository that is yours (cp -r, git clone)")
+    if re.search(r"[{}]|\$[A-Za-z_]", prefix):
+        fail(f"setuptools cannot install into {prefix}, because of the $ or the brace: make the environment elsewhere")
 
 
 if __name__ == "__main__":
-    check_writable(ROOT)
+    check_places(ROOT, sys.prefix)
 # Listing the files lets the sdist carry them; NinjaBuild decides how each is compiled.
 listed = sources.files(ROOT)
 cpp = [name for name in listed if name.endswith(".cpp")]

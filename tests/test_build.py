@@ -289,10 +289,26 @@ def test_a_disk_that_fails_is_one_clear_error(
 
 
 def test_a_checkout_that_cannot_be_written_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    build.check_writable(REPOSITORY)
+    build.check_places(REPOSITORY, "/usr")
     monkeypatch.setattr(build.os, "access", lambda *_: False)
     with pytest.raises(SystemExit, match="cannot be written: install from a copy of the repository"):
-        build.check_writable(REPOSITORY)
+        build.check_places(REPOSITORY, "/usr")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "works"), [("/a $y/v", False), ("/a{b/v", False), ("/a}/v", False), ("/a $5 '", True)]
+)
+def test_environments_that_setuptools_cannot_take(build: ModuleType, prefix: str, works: bool) -> None:
+    from distutils.util import subst_vars  # as setuptools has it: these names are its variables
+
+    if works:
+        build.check_places(REPOSITORY, prefix)
+        assert subst_vars(prefix, {}) == prefix
+    else:
+        with pytest.raises(SystemExit, match=r"setuptools cannot install into .*: make the environment elsewhere"):
+            build.check_places(REPOSITORY, prefix)
+        with pytest.raises(ValueError, match=r"."):
+            subst_vars(prefix, {})
 
 
 def test_sources_that_need_a_simd_level_say_so_in_their_name() -> None:
