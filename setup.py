@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,17 +382,18 @@ class NinjaBuild(build_ext):
         shutil.copy(folder / "_C.so", target)
 
 
-def check_places(root: Path, prefix: str) -> None:
+def check_places(root: Path, environment: str, temporary: str) -> None:
     """Setuptools writes into the checkout, whatever is asked of it, and takes some names of folders for variables."""
     for folder in (root, root / "m4kernels"):
         if not os.access(folder, os.W_OK):
             fail(f"{folder} cannot be written: install from a copy of the repository that is yours (cp -r, git clone)")
-    if re.search(r"[{}]|\$[A-Za-z_]", prefix):
-        fail(f"setuptools cannot install into {prefix}, because of the $ or the brace: make the environment elsewhere")
+    for place, advice in {temporary: "set TMPDIR to another", environment: "make the environment elsewhere"}.items():
+        if re.search(r"[{}]|\$[A-Za-z_]", place):
+            fail(f"setuptools cannot work with {place}, because of the $ or the brace in its name: {advice}")
 
 
 if __name__ == "__main__":
-    check_places(ROOT, sys.prefix)
+    check_places(ROOT, sys.prefix, tempfile.gettempdir())
 # Listing the files lets the sdist carry them; NinjaBuild decides how each is compiled.
 listed = sources.files(ROOT)
 cpp = [name for name in listed if name.endswith(".cpp")]

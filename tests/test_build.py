@@ -289,10 +289,10 @@ def test_a_disk_that_fails_is_one_clear_error(
 
 
 def test_a_checkout_that_cannot_be_written_is_refused(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    build.check_places(REPOSITORY, "/usr")
+    build.check_places(REPOSITORY, "/usr", "/tmp")
     monkeypatch.setattr(build.os, "access", lambda *_: False)
     with pytest.raises(SystemExit, match="cannot be written: install from a copy of the repository"):
-        build.check_places(REPOSITORY, "/usr")
+        build.check_places(REPOSITORY, "/usr", "/tmp")
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,13 @@ def test_environments_that_setuptools_cannot_take(build: ModuleType, prefix: str
     from distutils.util import subst_vars  # as setuptools has it: these names are its variables
 
     if works:
-        build.check_places(REPOSITORY, prefix)
+        build.check_places(REPOSITORY, prefix, prefix)
         assert subst_vars(prefix, {}) == prefix
     else:
-        with pytest.raises(SystemExit, match=r"setuptools cannot install into .*: make the environment elsewhere"):
-            build.check_places(REPOSITORY, prefix)
+        with pytest.raises(SystemExit, match=r"setuptools cannot work with .*: make the environment elsewhere"):
+            build.check_places(REPOSITORY, prefix, "/tmp")
+        with pytest.raises(SystemExit, match=r"setuptools cannot work with .*: set TMPDIR to another"):
+            build.check_places(REPOSITORY, "/usr", prefix)
         with pytest.raises(ValueError, match=r"."):
             subst_vars(prefix, {})
 
