@@ -12,9 +12,9 @@ from skimage.metrics import structural_similarity
 
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
-from m4.data.clips import SynthOptions, animated_clip
-from m4.data.pairs import SSIM_THRESHOLD, find_pairs
 from m4.data.penn_action import read_frame
+from m4.data.preparation.pairs import SSIM_THRESHOLD, find_pairs
+from m4.data.synthetic.clips import SynthOptions, animated_clip
 
 
 class Frames(NamedTuple):

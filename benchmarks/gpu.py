@@ -146,7 +146,7 @@ def stages_of(gpu: bool, out: Path, python: str = sys.executable) -> list[Stage]
     pip = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index")
     offline = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore"}
     repeats = "tests/ops/test_repeats.py"
-    step, step_on_cpu = "tests/trainer/test_training_step_cuda.py", "tests/trainer/test_training_step.py"
+    step, step_on_cpu = "tests/training/test_step_cuda.py", "tests/training/test_step.py"
     if not gpu:
         small = "test_time and (sample or small) and cpp and not training_step"
         return [

@@ -14,15 +14,16 @@ import torch
 from benchmarks.device import DEVICE
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite
-from m4.balance import drawn_counts
+from m4.batches.order import SampleStream
+from m4.batches.packing import drawn_counts
+from m4.batches.train import Feed
 from m4.build import build_model, masking_spec
 from m4.config import ModelSection, TrainConfig
 from m4.data.store import TokenStore
-from m4.feed import Feed
-from m4.optim import build_optimizer
-from m4.plan import Plan
-from m4.step import CudaGraphs, Execution, Recorder, TrainStep
-from m4.stream import SampleStream
+from m4.schedule import Schedule
+from m4.training.graphs import CudaGraphs, Recorder
+from m4.training.optimizer import build_optimizer
+from m4.training.step import Execution, TrainStep
 
 SAMPLES = 8192  # of the token store
 
@@ -50,7 +51,7 @@ def recipe(batch_size: int, micro_batches: int, model: ModelSection | None = Non
 def work(inputs: Recipe) -> Work:
     """Matrix products of the packed tokens, the mean of a hundred steps; attention's own share is below 3 %."""
     config = inputs.config
-    samples = Plan.of(config, 1).samples_per_step
+    samples = Schedule.of(config, 1).samples_per_step
     drawn = drawn_counts(masking_spec(config), seed=config.seed, sample_ids=np.arange(100 * samples))
     visible, targets = (float(counts.sum()) / 100 for counts in drawn)
     dim, hidden, model = config.model.dim, int(config.model.dim * config.model.mlp_ratio), config.model
@@ -71,17 +72,17 @@ def stepper(
 ) -> Run:
     """One whole optimiser step a call, each of the next samples in the stream."""
     config = replace(inputs.config, kernels=kernels, compile=compiled)
-    plan = Plan.of(config, 1)
+    schedule = Schedule.of(config, 1)
     with torch.device(device):  # weights are drawn there: 176 M of them take seconds on a CPU
         model = build_model(config, device)
     optimizer = build_optimizer(model, config)
     stream = SampleStream(len(inputs.store), config.seed)
-    feed = Feed(inputs.store, stream, masking_spec(config), config, plan, device, fixed_shapes=True)
+    feed = Feed(inputs.store, stream, masking_spec(config), config, schedule, device, fixed_shapes=True)
     forward = torch.compile(model, dynamic=False) if compiled else model
     execution = Execution(asynchronous=True, graphs=recorder is not None)
     step = TrainStep(model, forward, optimizer, config, device, execution, feed.capacity)
     if recorder is not None:
-        step.record(feed.example(0), recorder, plan.accumulation)
+        step.record(feed.example(0), recorder, schedule.accumulation)
     position = 0
 
     def run() -> None:
@@ -92,7 +93,7 @@ def stepper(
             step.micro_batch(micro_batch.masked)
         step.update()
         step.release()
-        position += plan.samples_per_step
+        position += schedule.samples_per_step
         feed.prepare(position)  # while the GPU is busy, as the trainer does
 
     return run

@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from m4.config import ConfigError, TrainConfig
+from m4.config import TrainConfig
 from m4.data.store import TokenStore, open_store
+from m4.errors import ConfigError
 from m4.model import M4, AttentionConfig, ModelConfig
 from m4kernels import MaskingSpec
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of this run; the one place that knows about ranks."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """What torchrun announced; more than one process is refused until gradients are exchanged between them."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size != 1:
-            raise ConfigError(f"WORLD_SIZE: training runs in one process, got {size}; start torchrun with one process")
-        return cls()
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels are launched on the current device
-    return device
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
@@ -76,11 +46,6 @@ def masking_spec(config: TrainConfig) -> MaskingSpec:
         input_tokens_range=(config.input_tokens_range[0], config.input_tokens_range[1]),
         target_tokens_range=(config.target_tokens_range[0], config.target_tokens_range[1]),
     )
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Mixed precision for ``dtype: bf16``: weights, gradients and optimiser stay in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
 
 
 def data_root(config: TrainConfig) -> Path:

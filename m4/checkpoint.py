@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -22,8 +20,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import m4kernels
+from m4.compat.nano4m_checkpoint import load_nano4m
 from m4.config import TrainConfig, config_from_dict, config_to_dict
-from m4.model import M4, ModelConfig
+from m4.errors import CheckpointError
+from m4.model.weights import load_matching
+
+__all__ = [
+    "CheckpointError",
+    "RunIdentity",
+    "check_same_run",
+    "clean_temporaries",
+    "load_checkpoint",
+    "load_nano4m",
+    "load_run",
+    "load_weights",
+    "newest_whole",
+    "save_checkpoint",
+]
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +61,6 @@ FREE_KEYS = {
 }
 FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
 BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, the samples a step
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or resumed: the message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint folder into ``model``, in place."""
-    _load_matching(load_file(path / MODEL_FILE), model, str(path / MODEL_FILE))
+    load_matching(load_file(path / MODEL_FILE), model, str(path / MODEL_FILE))
 
 
 def load_run(run_dir: str | Path) -> tuple[TrainConfig, Path]:
@@ -180,72 +189,6 @@ def clean_temporaries(run_dir: Path) -> None:
     """Remove what a killed process left half written or half deleted."""
     for path in (run_dir / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(path)
-
-
-def load_nano4m(source: str | Path | dict[str, torch.Tensor], config: ModelConfig) -> M4:
-    """An `M4` with the weights of a nano4M model.
-
-    Args:
-        source: a ``.safetensors`` file; a ``.pth`` file (``torch.save`` of a state dict, or of a dict that holds it
-            under ``model``); or the state dict itself. Names and shapes are nano4M's. LayerNorm ``bias`` buffers
-            are accepted where they are zero.
-    Raises:
-        ValueError: the file cannot be read, or keys are missing, unexpected or of another shape (all are listed).
-    """
-    where = "state dict" if isinstance(source, dict) else str(source)
-    weights = source if isinstance(source, dict) else _read_weights(Path(source))
-    for prefix in ("_orig_mod.", "module."):  # torch.compile and DistributedDataParallel
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    model = M4(config)
-    expected = model.state_dict()
-    kept = {}
-    for name, tensor in weights.items():
-        if name not in expected and re.search(r"norm\w*\.bias$", name):
-            if torch.count_nonzero(tensor):
-                raise CheckpointError(
-                    f"{where}: {name}: expected a zero LayerNorm bias, got non-zero values; "
-                    "the model here has no LayerNorm biases"
-                )
-        else:
-            kept[name] = tensor
-    kept.setdefault("pos_emb", model.pos_emb)  # a formula, which some exports leave out
-    _load_matching(kept, model, where)
-    return model
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected a .pth or .safetensors checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # nano4M stores its arguments beside the weights
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be read as weights: {reason}; "
-            "expected a .safetensors file, or a torch.save of tensors only"
-        ) from error
-    weights = held.get("model", held) if isinstance(held, dict) else held
-    if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
-        raise CheckpointError(f"{path}: expected a state dict, or a dict with one under 'model'")
-    return weights
-
-
-def _load_matching(weights: dict[str, torch.Tensor], model: nn.Module, where: str) -> None:
-    """Load by name; one error lists every missing, unexpected and wrong-shaped key."""
-    expected = model.state_dict()
-    faults = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in weights]
-    for name, tensor in weights.items():
-        if name not in expected:
-            faults.append(f"unexpected {name} {tuple(tensor.shape)}")
-        elif tensor.shape != expected[name].shape:
-            faults.append(f"{name}: expected shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
-    if faults:
-        raise CheckpointError(f"{where}: does not fit the model: {'; '.join(faults)}")
-    model.load_state_dict(weights)
 
 
 def _trajectory(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from m4.stopping import Interrupted
+from m4.run.signals import Interrupted
 
 
 class _ConsoleHandler(logging.Handler):

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from yaml import YAMLError
 
-from m4 import nano4m_config
+from m4.compat import nano4m_config
+from m4.errors import ConfigError
 
 if TYPE_CHECKING:  # imported where files are parsed: training on a machine that lacks omegaconf needs only the classes
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: the message names the key, its value and what is expected."""
 
 
 @dataclass

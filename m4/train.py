@@ -14,26 +14,29 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from m4.batches import fixed_batches
-from m4.build import World, build_model, data_root, masking_spec, open_split, pick_device
+from m4.batches.masked import fixed_batches
+from m4.batches.order import SampleStream
+from m4.batches.train import Feed
+from m4.build import build_model, data_root, masking_spec, open_split
 from m4.checkpoint import RunIdentity, check_same_run, clean_temporaries, load_checkpoint, newest_whole, save_checkpoint
 from m4.cli import run_command
 from m4.config import TrainConfig, config_to_yaml, load_config
-from m4.data.files import write_atomically
 from m4.data.store import TokenStore
-from m4.evaluate import evaluate
-from m4.feed import Feed
-from m4.logging import RunLog
-from m4.memory import HeapTrimmer
+from m4.device import HeapTrimmer, pick_device
+from m4.distributed import World
+from m4.evaluation.losses import evaluate
+from m4.files import write_atomically
 from m4.model import M4
-from m4.optim import build_optimizer, learning_rate, load_optimizer_state
-from m4.plan import LoopState, Plan
-from m4.progress import Progress, duration_text
-from m4.run_dir import only_process, write_summary
-from m4.smoke import SmokeReport, check_finite, smoke_test
-from m4.step import CudaGraphs, Execution, Figures, TrainStep
-from m4.stopping import Interrupted, StopSignals
-from m4.stream import SampleStream
+from m4.run.console import Progress, duration_text
+from m4.run.directory import only_process, write_summary
+from m4.run.metrics import RunLog
+from m4.run.signals import Interrupted, StopSignals
+from m4.run.state import LoopState
+from m4.schedule import Schedule, learning_rate
+from m4.training.graphs import CudaGraphs
+from m4.training.optimizer import build_optimizer, load_optimizer_state
+from m4.training.preflight import SmokeReport, check_finite, smoke_test
+from m4.training.step import Execution, Figures, TrainStep
 
 log = logging.getLogger("m4.train")
 
@@ -49,7 +52,7 @@ def train(config: TrainConfig, command: str) -> int:
     world = World.from_environment()
     device = pick_device(config.device)
     execution = Execution.of(config, device)
-    plan = Plan.of(config, world.size)
+    schedule = Schedule.of(config, world.size)
     root = data_root(config)
     store = open_split(config, root, config.data.train_split)
     eval_store = open_split(config, root, config.data.eval_split)
@@ -61,7 +64,7 @@ def train(config: TrainConfig, command: str) -> int:
         optimizer = build_optimizer(model, config)
         stream = SampleStream(len(store), config.seed)
         state = LoopState()
-        identity = RunIdentity(store.fingerprint, plan.samples_per_step)
+        identity = RunIdentity(store.fingerprint, schedule.samples_per_step)
         clean_temporaries(run_dir)
         resumed = newest_whole(run_dir)
         if resumed is not None:
@@ -74,8 +77,8 @@ def train(config: TrainConfig, command: str) -> int:
             log.info("resuming from %s", path)
         saved_step = state.step if resumed else -1
         write_atomically(run_dir / "config.yaml", config_to_yaml(config).encode())
-        _announce(config, plan, model, store, eval_store, device)
-        if state.step >= plan.steps:
+        _announce(config, schedule, model, store, eval_store, device)
+        if state.step >= schedule.steps:
             log.info("the run is complete (%d steps); for another one set run_name=NAME", state.step)
             return 0
 
@@ -90,7 +93,7 @@ def train(config: TrainConfig, command: str) -> int:
             lost, unread = unread - figures.updates, 0
             if not figures.finite:
                 state.step -= lost
-                state.position -= lost * plan.samples_per_step
+                state.position -= lost * schedule.samples_per_step
                 _stop_on_non_finite(figures, model, config, state.step + 1)
             state.seconds, tick = state.seconds + time.monotonic() - tick, time.monotonic()
             return figures
@@ -121,19 +124,19 @@ def train(config: TrainConfig, command: str) -> int:
             result = evaluate(model, batches, config, device, after_batch=stop.check)
             model.train()
             with stop.deferred():
-                run_log.write("eval", state.step, {"tokens": plan.tokens(state.position), **asdict(result)})
+                run_log.write("eval", state.step, {"tokens": schedule.tokens(state.position), **asdict(result)})
                 state.evaluation = asdict(result)
                 state.first_evaluation = state.first_evaluation or state.evaluation
                 state.evaluated_step = state.step
             log.info("step %d  eval %s", state.step, result)
 
         run_log = RunLog(run_dir, config, state.step if resumed else -1)
-        progress = Progress(config, plan, state, device)
+        progress = Progress(config, schedule, state, device)
         try:
             positions = np.arange(config.batch_size) + state.position
             smoke = smoke_test(model, store, stream.rows(positions), positions, spec, config, device)
-            _announce_estimate(smoke, config, plan, device)
-            feed = Feed(store, stream, spec, config, plan, device, fixed_shapes=execution.asynchronous)
+            _announce_estimate(smoke, config, schedule, device)
+            feed = Feed(store, stream, spec, config, schedule, device, fixed_shapes=execution.asynchronous)
             forward = torch.compile(model, dynamic=not execution.asynchronous) if config.compile else model
             step = TrainStep(model, forward, optimizer, config, device, execution, feed.capacity)
             if feed.capacity:
@@ -141,21 +144,21 @@ def train(config: TrainConfig, command: str) -> int:
             if execution.graphs:
                 log.info("recording the step as CUDA graphs")
                 with stop.deferred():
-                    step.record(feed.example(state.position), CudaGraphs(device), plan.accumulation)
+                    step.record(feed.example(state.position), CudaGraphs(device), schedule.accumulation)
             heap = HeapTrimmer()
             progress.start()
             tick = time.monotonic()
             while True:
-                last = state.step >= min(plan.steps, config.stop_after_steps or plan.steps)
-                evaluation_due = last or state.step == 0 or plan.due(config.eval_freq, state.step)
+                last = state.step >= min(schedule.steps, config.stop_after_steps or schedule.steps)
+                evaluation_due = last or state.step == 0 or schedule.due(config.eval_freq, state.step)
                 if evaluation_due and state.evaluated_step != state.step:
                     evaluate_now()
-                if last or plan.due(config.save_ckpt_freq, state.step):
+                if last or schedule.due(config.save_ckpt_freq, state.step):
                     save()
                 if last:
                     break
 
-                rate = learning_rate(plan.tokens(state.position + plan.samples_per_step), config)
+                rate = learning_rate(schedule.tokens(state.position + schedule.samples_per_step), config)
                 inputs = feed.step(state.position)
                 step.start(inputs.counts, rate)
                 for batch in inputs.micro_batches:
@@ -165,10 +168,10 @@ def train(config: TrainConfig, command: str) -> int:
                 with stop.deferred():  # parameters, loop state and metrics go together
                     step.update()
                     state.step += 1
-                    state.position += plan.samples_per_step
+                    state.position += schedule.samples_per_step
                     unread += 1
                     feed.prepare(state.position)  # while the device is busy
-                    log_due = state.step % config.log.every == 0 or state.step == plan.steps
+                    log_due = state.step % config.log.every == 0 or state.step == schedule.steps
                     if log_due or not execution.asynchronous:
                         figures = check_steps()
                         assert figures is not None
@@ -187,14 +190,14 @@ def train(config: TrainConfig, command: str) -> int:
         finally:
             progress.close()
             run_log.close()
-            write_summary(config, plan, state, device)
-    if state.step < plan.steps:
-        log.info("stopped at stop_after_steps=%d of %d steps; raise or drop it to go on", state.step, plan.steps)
+            write_summary(config, schedule, state, device)
+    if state.step < schedule.steps:
+        log.info("stopped at stop_after_steps=%d of %d steps; raise or drop it to go on", state.step, schedule.steps)
     return 0
 
 
 def _announce(
-    config: TrainConfig, plan: Plan, model: M4, store: TokenStore, eval_store: TokenStore, device: torch.device
+    config: TrainConfig, schedule: Schedule, model: M4, store: TokenStore, eval_store: TokenStore, device: torch.device
 ) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     kind = f"{config.dtype}, kernels {config.kernels}"
@@ -203,24 +206,24 @@ def _announce(
     log.info(
         "batch: %d samples x %d accumulated = %d samples a step (global_batch_size %d)",
         config.batch_size,
-        plan.accumulation,
-        plan.samples_per_step,
+        schedule.accumulation,
+        schedule.samples_per_step,
         config.global_batch_size,
     )
     log.info(
         "recipe: %g M counted tokens at %d a sample: %s samples in %s steps",
         config.total_tokens,
-        plan.tokens_per_sample,
+        schedule.tokens_per_sample,
         f"{config.total_samples:,}",
-        f"{plan.steps:,}",
+        f"{schedule.steps:,}",
     )
 
 
-def _announce_estimate(smoke: SmokeReport, config: TrainConfig, plan: Plan, device: torch.device) -> None:
-    seconds = smoke.recipe_seconds(plan.samples, config.batch_size)
+def _announce_estimate(smoke: SmokeReport, config: TrainConfig, schedule: Schedule, device: torch.device) -> None:
+    seconds = smoke.recipe_seconds(schedule.samples, config.batch_size)
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     log.info("smoke test passed; forward and backward take about %.3g s a sample here (%s)", smoke.per_sample, where)
-    log.info("so the whole recipe (%s samples) takes about %s", f"{plan.samples:,}", duration_text(seconds))
+    log.info("so the whole recipe (%s samples) takes about %s", f"{schedule.samples:,}", duration_text(seconds))
     if seconds > _DAY and device.type == "cpu":
         log.warning("that is no run for a CPU. For a run of minutes: python -m m4.train --config M4-tiny.yaml")
         log.warning("or with this configuration add: %s", _RUN_OF_MINUTES)

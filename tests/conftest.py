@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -7,8 +8,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from m4.config import DataSection, LogSection, ModelSection, TrainConfig
+from tests.runs import REPOSITORY, TINY, write_config, write_tokens
 
 # Without a GPU, Triton kernels are tested through Triton's interpreter. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
@@ -36,3 +39,31 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def token_root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("tokens")
+    write_tokens(root, "train", 11, seed=0)
+    write_tokens(root, "eval", 7, seed=1)
+    return root
+
+
+@pytest.fixture
+def tiny_config(tmp_path, token_root) -> Path:
+    return write_config(tmp_path / "tiny.yaml", token_root)
+
+
+@pytest.fixture
+def tiny_train_config(tmp_path, token_root) -> TrainConfig:
+    """The same as `tiny_config`, made without omegaconf, which a machine with a GPU may lack."""
+    values = yaml.safe_load(TINY)
+    values["model"], values["log"] = ModelSection(**values["model"]), LogSection(**values["log"])
+    data = DataSection(root=str(token_root), cache_dir=str(tmp_path / "cache"))
+    return TrainConfig(**values, data=data, run_name="tiny", output_dir=str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def config(tiny_train_config):
+    """Vocabularies of different sizes, so that limits of classes are at work."""
+    return dataclasses.replace(tiny_train_config, vocab_sizes=[64, 60, 64, 60])

@@ -295,6 +295,7 @@ def test_a_checkout_that_cannot_be_written_is_refused(build: ModuleType, monkeyp
         build.check_places(REPOSITORY, "/usr", "/tmp")
 
 
+@pytest.mark.filterwarnings("ignore:shell/Perl-style:DeprecationWarning")
 @pytest.mark.parametrize(
     ("prefix", "works"), [("/a $y/v", False), ("/a{b/v", False), ("/a}/v", False), ("/a $5 '", True)]
 )

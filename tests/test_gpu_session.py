@@ -16,7 +16,7 @@ from benchmarks.gpu import Stage, run_session, stages_of
 from benchmarks.peers import installed, sdpa
 from m4.config import ModelSection
 from m4kernels import Segments, cross_modal_attention
-from tests.trainer.training_step import PlainRecorder
+from tests.training.step_setup import PlainRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m4.padded import attend, dense_mask
+from m4.model.padded import attend, dense_mask
 from m4kernels import Segments
 
 

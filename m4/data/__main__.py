@@ -9,19 +9,19 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from m4.data.captions import CAPTIONS
-from m4.data.clips import SynthOptions
-from m4.data.devices import DTYPES
 from m4.data.framing import FRAMINGS
-from m4.data.inspect import describe, read_all
-from m4.data.options import PrepareOptions
-from m4.data.pairs import SSIM_THRESHOLD
-from m4.data.prepare import Summary, merge, prepare
-from m4.data.sample import SAMPLE_VIDEOS, make_sample
-from m4.data.sheet import compare_with_frames, sheet_of, tokenizer_for
+from m4.data.inspection.sheet import compare_with_frames, sheet_of, tokenizer_for
+from m4.data.inspection.statistics import describe, read_all
+from m4.data.preparation.captions import CAPTIONS
+from m4.data.preparation.options import PrepareOptions
+from m4.data.preparation.pairs import SSIM_THRESHOLD
+from m4.data.preparation.prepare import Summary, merge, prepare
+from m4.data.sample_set import SAMPLE_VIDEOS, make_sample
 from m4.data.split import FRACTIONS, UNITS, split_output_dataset
-from m4.data.synth import synthesize
+from m4.data.synthetic.clips import SynthOptions
+from m4.data.synthetic.synth import synthesize
 from m4.data.tokenizers import TOKENIZERS
+from m4.device import DTYPES
 
 
 def main(arguments: list[str] | None = None) -> int:

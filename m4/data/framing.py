@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from m4.data.errors import data_error
+from m4.errors import data_error
 
 CANVAS = 256
 FRAMINGS = ("subject", "center", "squash")

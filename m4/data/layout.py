@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from m4.data.errors import DataError, data_error
+from m4.errors import DataError, data_error
 
 FORMAT = "m4-tokens-v1"
 SPLITS = ("train", "eval", "test")

@@ -21,7 +21,7 @@ import scipy.io
 from PIL import Image, UnidentifiedImageError
 from scipy.io.matlab import MatReadError
 
-from m4.data.errors import DataError, data_error
+from m4.errors import DataError, data_error
 
 JOINTS = (
     "head",

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.data.errors import DataError, data_error
 from m4.data.layout import BINS, read_meta
+from m4.errors import DataError, data_error
 
 _BAD_TOKENS = "Prepare this sample again: python -m m4.data prepare."
 _OLD_RULES = "Prepare the data again from the videos: python -m m4.data prepare."

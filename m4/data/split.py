@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.data.errors import data_error
-from m4.data.files import write_atomically
 from m4.data.layout import SPLITS, UNFINISHED, read_meta, token_file
+from m4.errors import data_error
+from m4.files import write_atomically
 
 UNITS = ("video", "pair")
 FRACTIONS = (0.8, 0.1, 0.1)

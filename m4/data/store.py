@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m4.data.errors import DataError, data_error
-from m4.data.files import writable_folder, write_atomically
 from m4.data.layout import find_pids, token_file
 from m4.data.reading import read_rows
+from m4.errors import DataError, data_error
+from m4.files import writable_folder, write_atomically
 
 _VERSION = 1
 _MAX_VOCAB = 2**16

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from m4.data.clips import SynthOptions
-from m4.data.prepare import prepare
-from m4.data.synth import synthesize
+from m4.data.preparation.prepare import prepare
+from m4.data.synthetic.clips import SynthOptions
+from m4.data.synthetic.synth import synthesize
 
 # Modalities, vocabularies and lengths for open_store.
 STORE = (["tok_rgb", "coords"], [65_536, 65_536], [256, 39])

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from m4.data.errors import DataError
 from m4.data.framing import FRAMINGS, frame_for
 from m4.data.penn_action import read_label
+from m4.errors import DataError
 from m4kernels import dequantize_coords, quantize_coords
 
 SIGMA = 1.6  # of a dot, frame pixels

@@ -8,8 +8,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from m4.data.errors import DataError
 from m4.data.penn_action import Label, list_videos, open_video, read_frame, read_label, write_label
+from m4.errors import DataError
 
 
 def label(frames=4, **changes):

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from m4.data.clips import SynthOptions
 from m4.data.framing import FRAMINGS, frame_for
-from m4.data.inspect import read_all
-from m4.data.pairs import find_pairs
+from m4.data.inspection.sheet import compare_with_frames, tokenizer_for
+from m4.data.inspection.statistics import read_all
 from m4.data.penn_action import Label, read_label, write_label
-from m4.data.prepare import prepare
-from m4.data.sheet import compare_with_frames, tokenizer_for
-from m4.data.synth import synthesize
+from m4.data.preparation.pairs import find_pairs
+from m4.data.preparation.prepare import prepare
+from m4.data.synthetic.clips import SynthOptions
+from m4.data.synthetic.synth import synthesize
 from m4kernels import dequantize_coords, quantize_coords
 
 SIGMA = 3.0  # frame pixels: wide against the resampling kernel, so that its shape does not matter

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from m4.data.errors import DataError
 from m4.data.layout import find_pids
 from m4.data.split import split_output_dataset
+from m4.errors import DataError
 
 
 def make(root, videos, per_video, modalities=("rgb", "coords")):

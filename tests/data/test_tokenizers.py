@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from m4.data.errors import DataError
 from m4.data.framing import frame_for
-from m4.data.options import PrepareOptions
-from m4.data.prepare import prepare
-from m4.data.tokenise import shared_tokenizer
+from m4.data.preparation.options import PrepareOptions
+from m4.data.preparation.prepare import prepare
+from m4.data.preparation.tokenize_video import shared_tokenizer
 from m4.data.tokenizers import make_tokenizer
 from m4.data.tokenizers.base import BASIS, LEVELS, VOCAB_SIZE
 from m4.data.tokenizers.cosmos import CosmosTokenizer
 from m4.data.tokenizers.fsq import FSQTokenizer
+from m4.errors import DataError
 
 # Row 8 of the first real frame, centred.
 GOLDEN = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from m4.data.errors import data_error
 from m4.data.tokenizers.base import ImageTokenizer
+from m4.errors import data_error
 
 TOKENIZERS = ("fsq", "cosmos")
 

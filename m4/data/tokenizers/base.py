@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from m4.data.errors import data_error
+from m4.errors import data_error
 
 IMAGE_SIZE, GRID = 256, 16
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m4.data.devices import DTYPES, default_device, default_dtype
-from m4.data.errors import data_error
 from m4.data.tokenizers.base import GRID, IMAGE_SIZE, VOCAB_SIZE, check_images, check_tokens
+from m4.device import DTYPES, default_device, default_dtype
+from m4.errors import data_error
 
 _REPOSITORY = "nvidia/Cosmos-0.1-Tokenizer-DI16x16"
 _FILES = ("encoder.jit", "decoder.jit")

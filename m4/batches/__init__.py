@@ -1,0 +1,1 @@
+"""From a token store to masked micro-batches."""

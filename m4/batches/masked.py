@@ -1,0 +1,53 @@
+"""Rows of a token store as masked batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from m4.data.store import TokenStore
+from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
+from m4kernels.dispatch import unavailable
+
+log = logging.getLogger(__name__)
+
+
+def host_backend() -> str:
+    """The backend that masks on the host whatever ``M4KERNELS_BACKEND`` names for the device."""
+    return "reference" if unavailable("cpp", "cpu") else "cpp"
+
+
+def mask_rows(
+    store: TokenStore,
+    rows: np.ndarray,
+    sample_ids: np.ndarray,
+    spec: MaskingSpec,
+    *,
+    seed: int,
+    device: torch.device,
+    backend: str | None = None,
+) -> MaskedBatch:
+    """Read rows (int64 (B,)) and draw the mask of each from (seed, sample id); sample_ids int64 (B,)."""
+    tokens = store.batch(rows).to(device)
+    lengths = None if store.lengths is None else torch.from_numpy(np.asarray(store.lengths[rows])).to(device)
+    ids = torch.from_numpy(np.ascontiguousarray(sample_ids)).to(device)
+    return mask_tokens(tokens, spec, seed=seed, sample_ids=ids, lengths=lengths, backend=backend)
+
+
+def fixed_batches(
+    store: TokenStore,
+    spec: MaskingSpec,
+    *,
+    seed: int,
+    batch_size: int,
+    max_samples: int | None,
+    device: torch.device,
+) -> Iterator[MaskedBatch]:
+    """The first rows of a split, masked as a pure function of (seed, row): every evaluation sees the same batches."""
+    rows = np.arange(len(store) if max_samples is None else min(max_samples, len(store)))
+    for first in range(0, len(rows), batch_size):
+        chosen = rows[first : first + batch_size]
+        yield mask_rows(store, chosen, chosen, spec, seed=seed, device=device)

@@ -1,0 +1,143 @@
+"""What a training step reads: the masked micro-batches of a stretch of the sample stream.
+
+On a CPU they are as long as their tokens. On a GPU they have one fixed shape, so that a captured step can take them:
+lengths are drawn on the host, samples dealt so that they fit (`m4.batches.packing`), tokens masked on the device.
+Nothing there waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m4.batches.masked import mask_rows
+from m4.batches.order import SampleStream
+from m4.batches.packing import deal, drawn_counts, fixed_capacity
+from m4.batches.rows import TokenRows, send
+from m4.config import TrainConfig
+from m4.data.store import TokenStore
+from m4.schedule import Schedule
+from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass."""
+
+    masked: MaskedBatch
+    samples: int
+    valid_tokens: int  # inputs and targets, without the tail of a fixed capacity
+
+
+@dataclass(frozen=True)
+class StepFeed:
+    """The samples of one optimiser step."""
+
+    counts: Tensor  # (M,) int64, targets of each modality in the whole step, at least 1; on the device
+    micro_batches: Iterator[MicroBatch]
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """What the host knows of a step before the device does anything."""
+
+    position: int
+    sample_ids: np.ndarray  # (A, B)
+    rows: np.ndarray  # (A, B)
+    valid_tokens: np.ndarray  # (A,)
+    target_counts: np.ndarray  # (M,)
+    capacity: tuple[int, int]
+
+
+class Feed:
+    """The micro-batches of every step of a run; positions in the stream identify the samples and their masks.
+
+    Args:
+        fixed_shapes: give every micro-batch the same shapes.
+        resident: as in `m4.batches.masked.TokenRows`.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        stream: SampleStream,
+        spec: MaskingSpec,
+        config: TrainConfig,
+        schedule: Schedule,
+        device: torch.device,
+        *,
+        fixed_shapes: bool,
+        resident: bool | None = None,
+    ) -> None:
+        self._store, self._stream, self._spec, self._config, self._schedule = store, stream, spec, config, schedule
+        self._device = device
+        self.capacity = fixed_capacity(spec, config.batch_size, schedule.accumulation) if fixed_shapes else None
+        self._rows = TokenRows(store, device, resident=resident) if fixed_shapes else None
+        self._next: _Dealt | None = None
+
+    def step(self, position: int) -> StepFeed:
+        """The step that starts at a stream position."""
+        if self.capacity is None:
+            return self._ragged(position)
+        self.prepare(position)
+        dealt, self._next = self._next, None
+        assert dealt is not None
+        return self._fixed(dealt)
+
+    def prepare(self, position: int) -> None:
+        """Deal the samples of the step at a position ahead of its `step`, while the device is busy with another."""
+        if self.capacity is None or (self._next is not None and self._next.position == position):
+            return
+        ids = np.arange(position, position + self._schedule.samples_per_step)
+        rows = self._stream.rows(ids)
+        lengths = None if self._store.lengths is None else self._store.lengths[rows]
+        inputs, targets = drawn_counts(self._spec, seed=self._config.seed, sample_ids=ids, lengths=lengths)
+        tokens = np.stack([inputs.sum(1), targets.sum(1)], axis=1)
+        dealt, capacity = deal(tokens, self._schedule.accumulation, self.capacity)
+        self._next = _Dealt(
+            position, ids[dealt], rows[dealt], tokens[dealt].sum((1, 2)), targets.sum(0).clip(min=1), capacity
+        )
+
+    def example(self, position: int) -> MaskedBatch:
+        """A micro-batch of the usual capacity, from the step at a stream position or the next that fits it."""
+        for _ in range(64):  # about one step in 370 does not
+            self.prepare(position)
+            if self._next is not None and self._next.capacity == self.capacity:
+                return next(self.step(position).micro_batches).masked
+            position += self._schedule.samples_per_step
+        raise RuntimeError(f"no step of 64 fits the capacity {self.capacity} that was worked out for this recipe")
+
+    def _fixed(self, dealt: _Dealt) -> StepFeed:
+        assert self._rows is not None
+        on_device = send(np.stack([dealt.sample_ids, dealt.rows]), self._device)
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            assert self._rows is not None
+            for index, rows in enumerate(dealt.rows):
+                masked = mask_tokens(
+                    self._rows.tokens(rows, on_device[1, index]),
+                    self._spec,
+                    seed=self._config.seed,
+                    sample_ids=on_device[0, index],
+                    lengths=self._rows.lengths(rows),
+                    capacity=dealt.capacity,
+                )
+                yield MicroBatch(masked, len(rows), int(dealt.valid_tokens[index]))
+
+        return StepFeed(send(dealt.target_counts, self._device), micro_batches())
+
+    def _ragged(self, position: int) -> StepFeed:
+        masked = []
+        for first in range(position, position + self._schedule.samples_per_step, self._config.batch_size):
+            ids = np.arange(first, first + self._config.batch_size)
+            rows = self._stream.rows(ids)
+            masked.append(mask_rows(self._store, rows, ids, self._spec, seed=self._config.seed, device=self._device))
+        counts = torch.stack([batch.decoder.segments.counts.sum(0) for batch in masked]).sum(0).clamp(min=1)
+        return StepFeed(
+            counts,
+            (MicroBatch(m, self._config.batch_size, len(m.encoder.ids) + len(m.decoder.ids)) for m in masked),
+        )

@@ -1,0 +1,1 @@
+"""What other projects wrote: nano4M's configurations and checkpoints."""

@@ -1,0 +1,239 @@
+"""Statistics of a prepared data set: counts, tokens, joints, captions, duplicates and leaks.
+
+Works on any root in the token layout; what only ``python -m m4.data prepare`` writes (pairs.csv, meta.json) is used
+where it is there, and missed aloud where it is not.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from m4.data.framing import CANVAS
+from m4.data.layout import BINS, SHAPES, content_digest, find_pids, find_splits, read_meta, token_file
+from m4.data.penn_action import JOINTS
+from m4.data.reading import read_rows
+from m4.errors import DataError, data_error
+from m4kernels import dequantize_coords
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_HISTOGRAM_BINS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split: names of its samples and the tokens of each modality, int64 (N, length), in their order."""
+
+    name: str
+    pids: list[str]
+    tokens: dict[str, np.ndarray]
+    notes: dict[str, list[str]]
+    captions: list[str] | None
+
+
+def read_split(root: Path, split: str, modalities: list[str]) -> Split:
+    """A split with all its tokens. Raises DataError for a sample that cannot be read."""
+    pids = find_pids(root, split, modalities)
+    tokens, notes = {}, {}
+    for modality in modalities:
+        paths = [token_file(root / split / modality / pid).path for pid in pids]
+        tokens[modality], notes[modality] = read_rows(root, modality, paths, int(np.prod(SHAPES[modality])))
+    captions = None
+    if (root / split / "captions").is_dir():
+        find_pids(root, split, [modalities[0], "captions"])
+        captions = [_caption(Path(token_file(root / split / "captions" / pid).path)) for pid in pids]
+    return Split(split, pids, tokens, notes, captions)
+
+
+def read_all(root: Path) -> list[Split]:
+    """Every split that is there. Raises DataError for a root without data or a sample that cannot be read."""
+    return [read_split(root, split, _token_modalities(root, split)) for split in find_splits(root)]
+
+
+def read_pairs(root: Path) -> dict[str, tuple[str, int, int]]:
+    """pid → (video, reference frame, successor frame), counted from 1; {} without pairs.csv."""
+    path = root / "pairs.csv"
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="") as file:
+            return {
+                row["pid"]: (row["video"], int(row["reference_frame"]), int(row["successor_frame"]))
+                for row in csv.DictReader(file)
+            }
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise data_error(
+            path,
+            expected="the columns pid, video, reference_frame, successor_frame",
+            actual=f"{type(error).__name__}: {error}",
+            remedy="Prepare the data again.",
+        ) from error
+
+
+def statistics(root: str | os.PathLike) -> str:
+    """Everything there is to say without the frames, as text. Raises DataError as `read_all` does."""
+    root = Path(root)
+    return describe(root, read_all(root))
+
+
+def describe(root: Path, splits: list[Split]) -> str:
+    """`statistics` of splits that have been read."""
+    meta = read_meta(root)
+    pairs = read_pairs(root)
+    lines = [f"{root}"]
+    for split in splits:
+        videos = {pairs[pid][0] for pid in split.pids if pid in pairs}
+        lines.append(f"{split.name}: {len(split.pids)} samples" + (f" of {len(videos)} videos" if videos else ""))
+        for modality, values in split.tokens.items():
+            joints = modality.startswith("coords")
+            lines.append(f"  {modality}: {_usage(values, joints, _vocabulary(meta, modality))}")
+            if joints:
+                lines += [f"    {line}" for line in _joints(values)]
+            lines += [f"    note: {note}" for note in split.notes[modality]]
+        if split.captions is not None:
+            lines.append(f"  captions: {_captions(split.captions)}")
+    lines += _duplicates(splits, pairs)
+    if meta:
+        lines.append(_fingerprint(root, splits, meta))
+        lines.append(f"prepared with {', '.join(f'{key} {value}' for key, value in meta['options'].items())}")
+    return "\n".join(lines)
+
+
+def _token_modalities(root: Path, split: str) -> list[str]:
+    present = [modality for modality in SHAPES if (root / split / modality).is_dir()]
+    if not present:
+        raise data_error(
+            root / split, expected=f"some of {', '.join(SHAPES)}", actual="none", remedy="Prepare the data again."
+        )
+    return present
+
+
+def _vocabulary(meta: dict, modality: str) -> int:
+    default = BINS if modality.startswith("coords") else 64_000
+    return meta.get("modalities", {}).get(modality, {}).get("vocab_size", default)
+
+
+def _usage(rows: np.ndarray, joints: bool, vocabulary: int) -> str:
+    values = rows[:, : rows.shape[1] * 2 // 3] if joints else rows  # visibility is counted by itself
+    ids, counts = np.unique(values, return_counts=True)
+    share = counts / counts.sum()
+    entropy = float(-(share * np.log(share)).sum())
+    commonest = int(counts.argmax())
+    unused = vocabulary - int((ids < vocabulary).sum())
+    size = max(vocabulary, int(ids.max()) + 1)
+    bars = np.histogram(values, bins=_HISTOGRAM_BINS, range=(0, size))[0]
+    heights = np.ceil(bars / bars.max() * (len(_BARS) - 1)).astype(int)
+    return (
+        f"{rows.shape[1]} tokens each, ids {ids[0]} … {ids[-1]}, {len(ids):,} different, {unused:,} of "
+        f"{vocabulary:,} unused, entropy {entropy:.2f} nats, commonest {ids[commonest]} ({share[commonest]:.1%})\n"
+        f"    |{''.join(_BARS[height] for height in heights)}| histogram over 0 … {size - 1}"
+    )
+
+
+def _joints(values: np.ndarray) -> list[str]:
+    xy, visible = dequantize_coords(torch.from_numpy(values), canvas=float(CANVAS), bins=BINS)
+    if not visible.any():
+        return ["no joint visible"]
+    low, high = xy[visible].min(0).values.tolist(), xy[visible].max(0).values.tolist()
+    shares = visible.float().mean(0)
+    each = ", ".join(f"{name} {share:.0%}" for name, share in zip(JOINTS, shares.tolist(), strict=True))
+    hidden = int((~visible).all(1).sum())
+    return [
+        f"visible {float(visible.float().mean()):.0%}, x {low[0]:.1f} … {high[0]:.1f}, y {low[1]:.1f} … {high[1]:.1f} "
+        f"px" + (f"; no joint visible in {hidden} samples" if hidden else ""),
+        f"visible by joint: {each}",
+    ]
+
+
+def _caption(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text())["caption"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise data_error(
+            path,
+            expected='{"caption": "…"}',
+            actual=f"{type(error).__name__}: {error}",
+            remedy="Prepare this sample again: python -m m4.data prepare.",
+        ) from error
+
+
+def _captions(captions: list[str]) -> str:
+    counts = Counter(captions)
+    commonest, number = counts.most_common(1)[0]
+    words = np.array([len(caption.split()) for caption in captions])
+    return (
+        f"{len(counts)} different, {words.min()} … {words.max()} words, {sum(not text.strip() for text in captions)} "
+        f"empty; commonest ({number}): {commonest!r}"
+    )
+
+
+def _duplicates(splits: list[Split], pairs: dict[str, tuple[str, int, int]]) -> list[str]:
+    """Samples and videos that are there twice, and what is in more than one split."""
+    lines = []
+    repeated_pids = sorted(pid for pid, count in Counter(pid for s in splits for pid in s.pids).items() if count > 1)
+    if repeated_pids:
+        lines.append(f"WARNING: {len(repeated_pids)} pids are in more than one split, such as {repeated_pids[0]}")
+    samples: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+    videos: dict[str, dict[str, list[bytes]]] = defaultdict(lambda: defaultdict(list))
+    for split in splits:
+        rows = np.concatenate(list(split.tokens.values()), axis=1)
+        for pid, row in zip(split.pids, rows, strict=True):
+            digest = hashlib.sha256(row.tobytes()).digest()
+            samples[digest].append((split.name, pid))
+            if pid in pairs:
+                videos[pairs[pid][0]][split.name].append(digest)
+    twice = [places for places in samples.values() if len(places) > 1]
+    across = [places for places in twice if len({split for split, _ in places}) > 1]
+    lines.append(
+        f"duplicates: {sum(len(places) - 1 for places in twice)} samples are copies of another"
+        + (f", such as {' and '.join(pid for _, pid in twice[0][:2])}" if twice else "")
+    )
+    if across:
+        (first, pid), (second, other) = across[0][0], next(place for place in across[0] if place[0] != across[0][0][0])
+        lines.append(f"WARNING: {len(across)} samples are in two splits, such as {first}/{pid} = {second}/{other}")
+    if not pairs:
+        return [*lines, "videos: no pairs.csv, so nothing is known of which samples share a video"]
+    leaked = sorted(video for video, homes in videos.items() if len(homes) > 1)
+    wholes: dict[bytes, list[str]] = defaultdict(list)
+    for video, homes in videos.items():
+        wholes[b"".join(digest for digests in homes.values() for digest in digests)].append(video)
+    copies = [names for names in wholes.values() if len(names) > 1]
+    lines.append(
+        f"videos: {len(videos)}, {sum(len(names) - 1 for names in copies)} copies of another"
+        + (f" such as {' = '.join(copies[0][:2])}" if copies else "")
+        + f", {len(leaked)} in more than one split"
+        + (f" such as {leaked[0]}; split with --unit video to keep them apart" if leaked else "")
+    )
+    unknown = [pid for split in splits for pid in split.pids if pid not in pairs]
+    if unknown:
+        lines.append(f"WARNING: {len(unknown)} samples are not in pairs.csv, such as {unknown[0]}")
+    return lines
+
+
+def _fingerprint(root: Path, splits: list[Split], meta: dict) -> str:
+    """Whether the files are those that ``prepare`` wrote."""
+    if "content" not in meta or "videos_digest" not in meta:
+        return "content: prepared before fingerprints were kept"
+    digests = {}
+    for split in splits:
+        modalities = [*split.tokens, *(["captions"] if split.captions is not None else [])]
+        for modality in modalities:
+            for pid in split.pids:
+                content = Path(token_file(root / split.name / modality / pid).path).read_bytes()
+                digests[modality, pid] = hashlib.sha256(content).digest()
+    if (root / "pairs.csv").is_file():
+        digests["pairs.csv", ""] = hashlib.sha256((root / "pairs.csv").read_bytes()).digest()
+    if content_digest(digests) == meta["content"]:
+        return f"content: {meta['content'][:16]}, as meta.json says"
+    return "WARNING: content differs from what meta.json says: samples were changed, added or removed since"
+
+
+__all__ = ["DataError", "Split", "describe", "read_all", "read_pairs", "read_split", "statistics"]

@@ -1,0 +1,175 @@
+"""Lays out tokenised videos as samples: numbers them, writes a folder per modality and sample, splits, moves them."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from m4.data.layout import BINS, FORMAT, SHAPES, SPLITS, UNFINISHED, content_digest, read_meta
+from m4.data.split import FRACTIONS, split_output_dataset
+from m4.errors import data_error
+from m4.files import write_atomically
+
+VIDEOS = ".videos"  # folder of finished videos below the output
+_STAGE = ".stage"
+_MAX_PAIRS = 1_000_000  # sample names have six digits
+
+
+def video_path(done: Path, name: str) -> Path:
+    """Where the tokens of video ``name`` lie."""
+    return done / f"{name}.npz"
+
+
+def pack_video(arrays: dict[str, np.ndarray]) -> bytes:
+    """The arrays as an .npz file that, unlike numpy's own, does not carry the time of writing."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.save(content, array)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
+    return buffer.getvalue()
+
+
+def load_video(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that `pack_video` packed. Raises DataError for a damaged file, FileNotFoundError for none."""
+    try:
+        with np.load(path) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise data_error(
+            path,
+            expected="the tokens of a video",
+            actual=f"a damaged file ({error})",
+            remedy="Run python -m m4.data prepare again: it makes this video anew.",
+        ) from error
+
+
+@contextmanager
+def locked(done: Path) -> Iterator[None]:
+    """Holds the output for one process; the lock falls with the process, however it ends."""
+    with open(done / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def assemble(
+    out: Path, record: dict, tokenizer: dict, names: list[str], fractions: Sequence[float] = FRACTIONS
+) -> tuple[dict, bool]:
+    """Lay out the videos ``names`` (in this order) below ``out``; return meta.json's content and whether it is new.
+
+    record: the options as PrepareOptions.record gives them; tokenizer: meta.json's entry of that name. A layout of the
+    same videos that stands already is left alone, or divided anew where that is all that changed. Raises DataError if
+    there is no pair at all.
+    """
+    done = out / VIDEOS
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        digest.update(hashlib.sha256(video_path(done, name).read_bytes()).digest())
+    meta = {} if (out / UNFINISHED).exists() else read_meta(out)
+    if meta.get("videos_digest") == digest.hexdigest() and all((out / split).is_dir() for split in meta["splits"]):
+        if meta["options"] == record and meta["fractions"] == list(fractions):
+            return meta, False
+        split_output_dataset(out, fractions, record["seed"], record["split_unit"])
+        return read_meta(out), True
+    stage = out / _STAGE
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    table, content = _write_samples(stage, done, record, names)
+    (stage / "pairs.csv").write_bytes(table)
+    splits = split_output_dataset(stage, fractions, record["seed"], record["split_unit"])
+    meta = {
+        **_meta(record, tokenizer, names, splits, fractions),
+        "content": content,
+        "videos_digest": digest.hexdigest(),
+    }
+    _move_into_place(out, stage, table, meta)
+    return meta, True
+
+
+def _move_into_place(out: Path, stage: Path, table: bytes, meta: dict) -> None:
+    """Exchange the layout: whole folders are renamed, and readers refuse the root until meta.json is there again."""
+    write_atomically(out / UNFINISHED, b"prepare\n")
+    (out / "meta.json").unlink(missing_ok=True)
+    # First all that was there goes, so that splits of two layouts never stand together.
+    old = stage / "old"
+    old.mkdir()
+    for split in SPLITS:
+        if (out / split).is_dir():
+            (out / split).rename(old / split)
+    for split in SPLITS:
+        if (stage / split).is_dir():
+            (stage / split).rename(out / split)
+    write_atomically(out / "pairs.csv", table)
+    write_atomically(out / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    (out / UNFINISHED).unlink()
+    shutil.rmtree(stage)
+
+
+def _write_samples(stage: Path, done: Path, record: dict, names: list[str]) -> tuple[bytes, str]:
+    """Write ``{stage}/{modality}/{pid}/{file}`` for all pairs; return the content of pairs.csv and their digest."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("pid", "video", "reference_frame", "successor_frame"))
+    digests: dict[tuple[str, str], bytes] = {}
+
+    def write(modality: str, pid: str, file: str, content: bytes) -> None:
+        folder = stage / modality / pid
+        folder.mkdir(parents=True)
+        (folder / file).write_bytes(content)
+        digests[modality, pid] = hashlib.sha256(content).digest()
+
+    number = 0
+    for name in names:
+        columns = load_video(video_path(done, name))
+        for row, (reference, successor) in enumerate(columns["pairs"].tolist()):
+            pid = f"{number:06d}"
+            table.writerow((pid, name, reference, successor))
+            for modality in SHAPES:
+                buffer = io.BytesIO()
+                np.save(buffer, columns[modality][row])
+                write(modality, pid, f"{modality}.npy", buffer.getvalue())
+            if record["captions"] != "none":
+                caption = json.dumps({"caption": str(columns["captions"][row])}) + "\n"
+                write("captions", pid, "captions.json", caption.encode())
+            number += 1
+    if not 0 < number <= _MAX_PAIRS:
+        raise data_error(
+            stage.parent,
+            expected=f"1 to {_MAX_PAIRS} pairs in all videos",
+            actual=number,
+            remedy=f"Raise or lower --ssim-threshold (now {record['ssim_threshold']}), or change the videos.",
+        )
+    content = text.getvalue().encode()
+    digests["pairs.csv", ""] = hashlib.sha256(content).digest()
+    return content, content_digest(digests)
+
+
+def _meta(record: dict, tokenizer: dict, names: list[str], splits: dict[str, int], fractions: Sequence[float]) -> dict:
+    sizes = {"coords": BINS, "coords_next": BINS}
+    return {
+        "format": FORMAT,
+        "options": record,
+        "tokenizer": tokenizer,
+        "modalities": {
+            modality: {"shape": list(shape), "vocab_size": sizes.get(modality, tokenizer["vocab_size"])}
+            for modality, shape in SHAPES.items()
+        },
+        "fractions": list(fractions),
+        "videos": len(names),
+        "splits": splits,
+    }

@@ -1,0 +1,1 @@
+"""Animated videos in the layout of Penn Action."""

@@ -1,0 +1,78 @@
+"""Cross-entropy of a model on a split under fixed masks, beside the training set's unigram distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from m4.build import open_split
+from m4.config import TrainConfig
+from m4.device import autocast
+from m4.evaluation.unigram import Unigram, count_tokens, unigram_baseline
+from m4.model import M4
+from m4kernels import MaskedBatch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses in nats a token. A modality without a target has loss None and counts as 0 in the mean."""
+
+    loss: float  # mean over the modalities
+    per_modality: dict[str, float | None]
+    targets: dict[str, int]  # number of target tokens
+    samples: int
+
+    def __str__(self) -> str:
+        losses = "  ".join(f"{name} {'none' if x is None else f'{x:.4f}'}" for name, x in self.per_modality.items())
+        return f"loss {self.loss:.4f}  ({losses}; {self.samples} samples)"
+
+
+@torch.no_grad()
+def evaluate(
+    model: M4,
+    batches: Iterable[MaskedBatch],
+    config: TrainConfig,
+    device: torch.device,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Mean cross-entropy over all targets of each modality (not a mean of batch means).
+
+    Args:
+        after_batch: called after each batch; lets a stop signal through.
+    """
+    modalities = config.modalities
+    ones = torch.ones(len(modalities), dtype=torch.int64, device=device)
+    sums = torch.zeros(len(modalities), dtype=torch.float64)
+    counts = torch.zeros(len(modalities), dtype=torch.int64)
+    samples = 0
+    for batch in batches:
+        with autocast(config.dtype, device):
+            losses = model(batch, target_counts=ones)  # denominators of one: sums instead of means
+        sums += losses.per_modality.double().cpu()
+        counts += batch.decoder.segments.counts.sum(0).cpu()
+        samples += len(batch.decoder.segments.counts)
+        after_batch()
+    means = [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist(), strict=True)]
+    return Evaluation(
+        loss=sum(mean or 0.0 for mean in means) / len(modalities),
+        per_modality=dict(zip(modalities, means, strict=True)),
+        targets=dict(zip(modalities, counts.tolist(), strict=True)),
+        samples=samples,
+    )
+
+
+def unigram_baselines(config: TrainConfig, root: Path, batches: Iterable[MaskedBatch]) -> dict[str, Unigram]:
+    """The training set's unigram figures on the very targets of ``batches``."""
+    train = open_split(config, root, config.data.train_split)
+    train_counts = count_tokens(train, config.vocab_sizes, config.max_seq_lens)
+    target_counts = [np.zeros(size, dtype=np.int64) for size in config.vocab_sizes]
+    for batch in batches:
+        for m, counts in enumerate(target_counts):
+            ids = batch.decoder.ids[batch.decoder.modalities == m].cpu().numpy()
+            counts += np.bincount(ids, minlength=len(counts))
+    baselines = [unigram_baseline(*pair) for pair in zip(train_counts, target_counts, strict=True)]
+    return dict(zip(config.modalities, baselines, strict=True))

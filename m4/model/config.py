@@ -1,0 +1,97 @@
+"""The shape of a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KERNELS = ("auto", "reference", "reference-matmul")
+
+
+@dataclass
+class AttentionConfig:
+    """Which modality may attend to which: "full", "within_modality", or M rows of M zeros and ones (row = query)."""
+
+    encoder: Any = "full"
+    decoder: Any = "full"
+    cross: Any = "full"
+
+
+@dataclass
+class ModelConfig:
+    """The shape of an M4 model; M = number of modalities.
+
+    Args:
+        modalities: names, in the order of their tokens within a sample.
+        vocab_sizes: (M,), the classes of each modality; the shared vocabulary is the largest.
+        max_seq_lens: (M,), the longest sequence of each modality.
+        dim: width of the trunk, a multiple of head_dim.
+        enc_depth, dec_depth: number of blocks.
+        head_dim: width of an attention head.
+        mlp_ratio: hidden width of the MLP over dim.
+        attention: modality sparsity.
+        kernels: "auto" runs packed batches through m4kernels; "reference" is the padded pure-PyTorch path with a dense
+            boolean mask, SDPA and whole logits; "reference-matmul" the same with an explicit masked softmax.
+
+    Raises:
+        ValueError: a value does not fit; the message names the key.
+    """
+
+    modalities: Sequence[str]
+    vocab_sizes: Sequence[int]
+    max_seq_lens: Sequence[int]
+    dim: int = 640
+    enc_depth: int = 8
+    dec_depth: int = 8
+    head_dim: int = 64
+    mlp_ratio: float = 4.0
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    kernels: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_sizes", "max_seq_lens"):
+            values = getattr(self, name)
+            if len(values) != len(self.modalities):
+                raise ValueError(f"{name} has {len(values)} entries, modalities has {len(self.modalities)}")
+            if any(value < 1 for value in values):
+                raise ValueError(f"{name} must be positive, got {list(values)}")
+        if not self.modalities:
+            raise ValueError("modalities must name at least one modality")
+        if self.dim < 2 or self.dim % 2 or self.head_dim < 1 or self.dim % self.head_dim:
+            raise ValueError(f"dim must be even and a multiple of head_dim={self.head_dim}, got {self.dim}")
+        for name in ("enc_depth", "dec_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if int(self.dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
+        for name in ("encoder", "decoder", "cross"):
+            allow_matrix(getattr(self.attention, name), len(self.modalities), f"attention.{name}")
+
+    @property
+    def vocabulary(self) -> int:
+        return max(self.vocab_sizes)
+
+
+def allow_matrix(pattern: Any, modalities: int, key: str) -> Tensor | None:
+    """bool (M, M) of an attention pattern, None for "full".
+
+    Raises:
+        ValueError: the pattern is neither known nor an M x M matrix of 0 and 1.
+    """
+    if pattern == "full":
+        return None
+    if pattern == "within_modality":
+        return torch.eye(modalities, dtype=torch.bool)
+    rows = None if isinstance(pattern, str) else [list(row) for row in pattern]
+    if rows is None or len(rows) != modalities or any(len(row) != modalities for row in rows):
+        raise ValueError(
+            f"{key} must be 'full', 'within_modality' or {modalities} rows of {modalities} zeros and ones, "
+            f"got {pattern!r}"
+        )
+    if any(value not in (0, 1) for row in rows for value in row):
+        raise ValueError(f"{key} must hold only 0 and 1, got {pattern!r}")
+    return torch.tensor(rows, dtype=torch.bool)

@@ -1,0 +1,3 @@
+"""Initial values of the weights."""
+
+INIT_STD = 0.02

@@ -1,0 +1,152 @@
+"""The M4 model: an encoder-decoder transformer over packed, masked multimodal tokens (4M, Mizrahi et al. 2023).
+
+The encoder reads the visible tokens of every modality together; the decoder predicts the target tokens from their
+modality and position alone, in one parallel step. Parameter names and semantics are nano4M's, so its checkpoints load
+by name (see `m4.checkpoint.load_nano4m`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m4.model.config import ModelConfig, allow_matrix
+from m4.model.init import INIT_STD
+from m4.model.layers import DecoderBlock, EncoderBlock, Trunk, norm
+from m4.model.padded import padded_losses
+from m4kernels import MaskedBatch, PackedTokens, linear_cross_entropy
+
+
+class Losses(NamedTuple):
+    """What a forward pass returns; M = number of modalities."""
+
+    total: Tensor  # (), the mean of per_modality; differentiable
+    per_modality: Tensor  # (M,) float32, mean token cross-entropy in nats; 0 for a modality without targets; detached
+    counts: Tensor  # (M,) int64, targets of each modality
+
+
+def sincos_positions(length: int, dim: int) -> Tensor:
+    """float32 (length, dim): [sin(p / 10000^(2i/dim)) for all i, then cos of the same], i in 0 .. dim/2 - 1."""
+    frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def sum_by_modality(values: Tensor, modalities: Tensor, count: int) -> Tensor:
+    """float32 (count,): sums of values (T,) by modality (T,).
+
+    No index_add_, whose order of summation varies on a GPU; no product, which autocast would round to bfloat16; no
+    F.one_hot, which asks a CPU for values.
+    """
+    chosen = modalities.unsqueeze(1) == torch.arange(count, device=modalities.device)
+    return values.float().unsqueeze(1).masked_fill(~chosen, 0.0).sum(0)
+
+
+class M4(nn.Module):
+    """The model. `model(masked_batch)` gives the training loss, `model.logits(masked_batch)` the predictions."""
+
+    pos_emb: Tensor
+    vocab_limits: Tensor
+    allow_encoder: Tensor | None
+    allow_decoder: Tensor | None
+    allow_cross: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, modalities = config.dim, len(config.modalities)
+        self.enc_tok_emb = nn.Embedding(config.vocabulary, dim)
+        self.enc_mod_emb = nn.Embedding(modalities, dim)
+        self.dec_mod_emb = nn.Embedding(modalities, dim)
+        self.register_buffer("pos_emb", sincos_positions(max(config.max_seq_lens), dim))
+        self.encoder = Trunk([EncoderBlock(config) for _ in range(config.enc_depth)])
+        self.enc_norm = norm(dim)
+        self.dec_context_proj = nn.Linear(dim, dim, bias=True)
+        self.decoder = Trunk([DecoderBlock(config) for _ in range(config.dec_depth)])
+        self.dec_norm = norm(dim)
+        self.to_logits = nn.Linear(dim, config.vocabulary, bias=False)
+        for name in ("encoder", "decoder", "cross"):
+            pattern = allow_matrix(getattr(config.attention, name), modalities, f"attention.{name}")
+            self.register_buffer(f"allow_{name}", pattern, persistent=False)
+        self.register_buffer("vocab_limits", torch.tensor(list(config.vocab_sizes)), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Weights from N(0, 0.02²); norms at 1, biases and the output layer at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+        nn.init.zeros_(self.dec_context_proj.bias)
+        nn.init.zeros_(self.to_logits.weight)
+
+    def num_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, batch: MaskedBatch, target_counts: Tensor | None = None) -> Losses:
+        """Training loss of a masked batch.
+
+        Args:
+            batch: visible tokens and targets.
+            target_counts: (M,), denominators of the per-modality means in place of the batch's own counts. With the
+                counts of a global batch the totals of its micro-batches add up to the global batch's loss.
+        """
+        if self.config.kernels != "auto":
+            return Losses(*padded_losses(self, batch, target_counts))
+        return self.loss(self.decode(batch), batch.decoder, target_counts)
+
+    def embed_inputs(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+        """(token + modality + position embedding (T, D), position embedding (T, D)) of visible tokens."""
+        positions = F.embedding(tokens.positions, self.pos_emb)
+        return self.enc_tok_emb(tokens.ids) + self.enc_mod_emb(tokens.modalities) + positions, positions
+
+    def embed_queries(self, tokens: PackedTokens) -> Tensor:
+        """Modality + position embedding (T, D): all that the decoder knows of a target."""
+        return self.dec_mod_emb(tokens.modalities) + F.embedding(tokens.positions, self.pos_emb)
+
+    def decode(self, batch: MaskedBatch) -> Tensor:
+        """Decoder output (T_dec, D) for every target."""
+        visible, targets = batch.encoder, batch.decoder
+        x, positions = self.embed_inputs(visible)
+        x = self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder))
+        context = self.dec_context_proj(x) + positions
+        y = self.decoder(
+            self.embed_queries(targets),
+            context,
+            targets.segments,
+            visible.segments,
+            self.allow_decoder,
+            self.allow_cross,
+        )
+        return self.dec_norm(y)
+
+    def vocab_limit(self, tokens: PackedTokens) -> Tensor | None:
+        """Classes of each token's modality (T,), None where all modalities have the whole vocabulary."""
+        if min(self.config.vocab_sizes) == self.config.vocabulary:
+            return None
+        return self.vocab_limits[tokens.modalities]
+
+    def loss(self, y: Tensor, targets: PackedTokens, target_counts: Tensor | None = None) -> Losses:
+        """Mean over modalities of the mean token cross-entropy; a modality without targets counts as 0."""
+        counts = targets.segments.counts.sum(0, dtype=torch.int64)
+        denominators = (counts if target_counts is None else target_counts).clamp(min=1).float()
+        weight = 1.0 / (len(self.config.modalities) * denominators)
+        result = linear_cross_entropy(
+            y,
+            self.to_logits.weight,
+            targets.ids,
+            token_weight=weight[targets.modalities],
+            vocab_limit=self.vocab_limit(targets),
+        )
+        return Losses(result.loss, sum_by_modality(result.nll, targets.modalities, len(counts)) / denominators, counts)
+
+    def logits(self, batch: MaskedBatch) -> Tensor:
+        """Logits (T_dec, V) of every target, -inf beyond the vocabulary of its modality. Holds them whole: meant for
+        generation, not for training."""
+        logits = self.to_logits(self.decode(batch))
+        limit = self.vocab_limit(batch.decoder)
+        if limit is None:
+            return logits
+        return logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= limit[:, None], -torch.inf)

@@ -1,0 +1,58 @@
+"""Pictures in rows: contact sheets, and predictions beside the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from m4.pictures.skeleton import Picture, as_picture, draw_skeleton
+
+_GAP, _TITLE, _PAPER, _INK = 6, 22, (250, 250, 248), (30, 30, 34)
+
+
+def contact_sheet(rows: Sequence[Sequence[Picture]], titles: Sequence[str] = (), columns: int = 1) -> Image.Image:
+    """Pictures in rows, all of one size; ``columns`` > 1 sets that many rows side by side. titles: over each column."""
+    if not rows or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"contact_sheet: expected rows of equally many pictures, got {[len(row) for row in rows]}")
+    pictures = [[as_picture(picture) for picture in row] for row in rows]
+    width, height = pictures[0][0].size
+    across = len(rows[0])
+    lines = -(-len(rows) // columns)
+    block = across * (width + _GAP) + _GAP
+    top = _TITLE if titles else 0
+    sheet = Image.new("RGB", (columns * block + (columns - 1) * _GAP, top + lines * (height + _GAP) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+    for column in range(columns):
+        left = column * (block + _GAP) + _GAP
+        for index, title in enumerate(titles):
+            draw.text((left + index * (width + _GAP) + 2, 4), title, fill=_INK, font=font)
+    for number, row in enumerate(pictures):
+        left = (number // lines) * (block + _GAP) + _GAP
+        for index, picture in enumerate(row):
+            place = left + index * (width + _GAP), top + _GAP + (number % lines) * (height + _GAP)
+            sheet.paste(picture.resize((width, height)) if picture.size != (width, height) else picture, place)
+    return sheet
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A picture, uint8 (H, W, 3), with a pose in its pixels: xy (13, 2), visible (13,)."""
+
+    image: np.ndarray
+    xy: np.ndarray
+    visible: np.ndarray
+
+    def drawn(self) -> Image.Image:
+        return draw_skeleton(self.image, self.xy, self.visible)
+
+
+def prediction_panel(
+    rows: Sequence[tuple[Moment, Moment, Moment]],
+    titles: Sequence[str] = ("reference", "true next", "predicted next"),
+) -> Image.Image:
+    """One labelled picture: each row shows (reference, true next, predicted next) with their skeletons."""
+    return contact_sheet([[moment.drawn() for moment in row] for row in rows], titles)

@@ -1,0 +1,79 @@
+"""Capacities and the dealing of samples to micro-batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from m4.batches.packing import GRANULE, deal, drawn_counts, fixed_capacity, round_up
+from m4kernels import MaskingSpec, mask_tokens
+
+M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
+
+
+def m4_tokens(first: int, samples: int) -> np.ndarray:
+    """(samples, 2) inputs and targets under the M4 recipe."""
+    drawn = drawn_counts(M4, seed=0, sample_ids=np.arange(first, first + samples))
+    return np.stack([counts.sum(1) for counts in drawn], axis=1)
+
+
+def test_drawn_counts_are_those_of_the_masks(monkeypatch):
+    monkeypatch.setenv("M4KERNELS_BACKEND", "triton")  # of the device; lengths are drawn on the host all the same
+    ids, lengths = np.array([5, 2**40, 0]), np.array([[256, 39, 256, 39], [10, 0, 256, 39], [0, 0, 0, 0]])
+    inputs, targets = drawn_counts(M4, seed=3, sample_ids=ids, lengths=lengths)
+    tokens = torch.randint(0, 100, (3, M4.num_tokens))
+    batch = mask_tokens(
+        tokens, M4, seed=3, sample_ids=torch.from_numpy(ids), lengths=torch.from_numpy(lengths), backend="reference"
+    )
+    np.testing.assert_array_equal(inputs, batch.encoder.segments.counts)
+    np.testing.assert_array_equal(targets, batch.decoder.segments.counts)
+    assert inputs[2].sum() == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_dealing_is_a_partition_that_fits(seed):
+    """Any lengths, many of them extreme: every sample once, equal sizes, nothing beyond the returned capacity."""
+    random = np.random.default_rng(seed)
+    groups, size = int(random.integers(1, 7)), int(random.integers(1, 20))
+    tokens = random.integers(0, random.choice([2, 10, 300]), (groups * size, 2))
+    tokens[random.random(len(tokens)) < 0.2] = 0
+    capacity = round_up(random.integers(1, 2000)), round_up(random.integers(1, 2000))
+    dealt, fitting = deal(tokens, groups, capacity)
+    assert dealt.shape == (groups, size)
+    np.testing.assert_array_equal(np.sort(dealt.ravel()), np.arange(groups * size))
+    assert (tokens[dealt].sum(1) <= fitting).all()
+    for given, got in zip(capacity, fitting, strict=True):
+        assert got == given or (got > given and got % GRANULE == 0)
+    again, fitting_again = deal(tokens.copy(), groups, capacity)
+    np.testing.assert_array_equal(dealt, again)
+    assert fitting == fitting_again
+
+
+def test_dealing_fits_wherever_the_totals_nearly_do():
+    """With 0.5 % of room and many samples, dealing never needs a larger capacity; stream order does."""
+    in_order = 0
+    for seed in range(12):
+        tokens = m4_tokens(1000 * seed, 480)
+        need = np.ceil(tokens.sum(0) / 5 * 1.005).astype(int)
+        _, fitting = deal(tokens, 5, (int(need[0]), int(need[1])))
+        assert fitting == tuple(need)
+        in_order += bool((tokens.reshape(5, 96, 2).sum(1) > need).any())
+    assert in_order == 12
+
+
+def test_dealing_refuses_what_cannot_be_divided():
+    with pytest.raises(ValueError, match="10 samples cannot be dealt to 4"):
+        deal(np.ones((10, 2)), 4, (128, 128))
+
+
+def test_capacity_of_the_recipe():
+    """Close to the mean, wide enough for nearly all steps, and the same on every call."""
+    capacity = fixed_capacity(M4, 96, 5)
+    assert capacity == fixed_capacity(M4, 96, 5)
+    assert all(c % GRANULE == 0 for c in capacity)
+    tokens = m4_tokens(10**6, 480 * 20).reshape(20, 480, 2)
+    mean = tokens.sum((0, 1)) / (20 * 5)
+    assert (capacity < 1.09 * mean).all()
+    assert sum(deal(step, 5, capacity)[1] != capacity for step in tokens) <= 1
+    # Never more than the ranges allow, whatever the spread.
+    narrow = MaskingSpec((10, 10), (1.0, 1.0), (1.0, 1.0), (10, 10), (4, 4))
+    assert fixed_capacity(narrow, 64, 1) == (640, 256)

@@ -1,0 +1,223 @@
+"""Run checkpoints: whole or absent, damaged ones skipped, those of another run refused."""
+
+import dataclasses
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from m4 import checkpoint
+from m4.build import build_model
+from m4.checkpoint import RunIdentity, check_same_run, load_checkpoint, newest_whole, save_checkpoint
+from m4.config import TrainConfig, load_config
+from m4.errors import CheckpointError
+from m4.training.optimizer import build_optimizer
+from tests.runs import environment, write_config
+
+IDENTITY = RunIdentity("abc", 8)
+
+
+@pytest.fixture
+def config(tiny_config) -> TrainConfig:
+    return load_config(tiny_config)[0]
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory, token_root):
+    """A run with checkpoints of steps 1, 2 and 3, and the weights of each."""
+    run_dir = tmp_path_factory.mktemp("saved")
+    config, _ = load_config(write_config(run_dir / "tiny.yaml", token_root))
+    model = build_model(config, torch.device("cpu"))
+    optimizer = build_optimizer(model, config)
+    weights = {}
+    for step in (1, 2, 3):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, step)
+        optimizer.step()
+        _save(run_dir, step, model, optimizer, config)
+        weights[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return run_dir, weights
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A copy of it to break."""
+    shutil.copytree(saved_once[0] / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path, saved_once[1]
+
+
+def _save(run_dir, step, model, optimizer, config):
+    state = {"optimizer": optimizer.state_dict(), "loop": {"step": step}}
+    return save_checkpoint(run_dir, step, model, state, config, IDENTITY)
+
+
+def _newest_step(run_dir):
+    found = newest_whole(run_dir)
+    return None if found is None else found[1]["step"]
+
+
+def test_round_trip(saved, config):
+    run_dir, weights = saved
+    path, meta = newest_whole(run_dir)
+    assert (path.name, meta["step"], meta["data_fingerprint"]) == ("step-00000003", 3, "abc")
+    assert {"torch", "python", "numpy", "m4kernels"} <= set(meta["versions"])
+    model = build_model(dataclasses.replace(config, seed=5), torch.device("cpu"))
+    state = load_checkpoint(path, model)
+    assert state["loop"] == {"step": 3}
+    assert all(torch.equal(tensor, weights[3][name]) for name, tensor in model.state_dict().items())
+    assert state["optimizer"]["state"][0]["step"] == 3
+
+
+def test_only_the_newest_are_kept(saved, config):
+    run_dir, _ = saved
+    model = build_model(config, torch.device("cpu"))
+    _save(run_dir, 4, model, build_optimizer(model, config), config)
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def _wrong_format(path):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, damage) for name in ("model.safetensors", "state.pt") for damage in (_truncate, _flip, Path.unlink)),
+        *(("meta.json", damage) for damage in (_truncate, _wrong_format, Path.unlink)),
+    ],
+)
+def test_damaged_one_is_reported_and_skipped(saved, caplog, name, damage):
+    run_dir, _ = saved
+    damage(run_dir / "checkpoints" / "step-00000003" / name)
+    assert _newest_step(run_dir) == 2
+    assert "step-00000003" in caplog.text
+    assert name in caplog.text or damage is _wrong_format
+
+
+def test_all_damaged_or_none(saved, tmp_path_factory):
+    run_dir, _ = saved
+    for step in (1, 2, 3):
+        _truncate(run_dir / "checkpoints" / f"step-{step:08d}" / "state.pt")
+    assert _newest_step(run_dir) is None
+    assert newest_whole(tmp_path_factory.mktemp("empty")) is None
+
+
+def test_damaged_one_is_replaced_when_the_run_comes_by_again(saved, config):
+    run_dir, _ = saved
+    _truncate(run_dir / "checkpoints" / "step-00000003" / "model.safetensors")
+    model = build_model(config, torch.device("cpu"))
+    _save(run_dir, 3, model, build_optimizer(model, config), config)
+    assert _newest_step(run_dir) == 3
+
+
+def test_stale_temporaries_are_cleaned(saved, config):
+    run_dir, _ = saved
+    for name in (".tmp-00000004-1", ".tmp-old-step-00000001"):
+        shutil.copytree(run_dir / "checkpoints" / "step-00000001", run_dir / "checkpoints" / name)
+    assert _newest_step(run_dir) == 3
+    checkpoint.clean_temporaries(run_dir)
+    assert not list((run_dir / "checkpoints").glob(".tmp-*"))
+    assert _newest_step(run_dir) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["lr=0.001"], ["lr is 0.002", "0.001"]),
+        (["model.dim=32"], ["model.dim is 16", "32"]),
+        (["seed=1"], ["seed is 0", "1"]),
+        (["modalities=[a,b,c,d]"], ["modalities", "tok_rgb", "'a'"]),
+        (["dtype=bf16", "lr=0.001"], ["1 more", "dtype"]),
+    ],
+)
+def test_checkpoint_of_another_config(saved, tiny_config, overrides, said):
+    path, meta = newest_whole(saved[0])
+    other, _ = load_config(tiny_config, overrides)
+    with pytest.raises(CheckpointError) as caught:
+        check_same_run(path, meta, other, IDENTITY)
+    for part in (*said, str(path), "run_name"):
+        assert part in str(caught.value)
+
+
+def test_checkpoint_of_other_data_or_batch(saved, config):
+    path, meta = newest_whole(saved[0])
+    with pytest.raises(CheckpointError, match="data fingerprint is 'abc' there and 'xyz' now"):
+        check_same_run(path, meta, config, RunIdentity("xyz", 8))
+    with pytest.raises(CheckpointError, match=r"samples a step.* is 8 there and 12 now"):
+        check_same_run(path, meta, config, RunIdentity("abc", 12))
+
+
+@pytest.mark.parametrize("override", ["kernels=reference", "eval_freq=9", "log.every=7", "run_name=x", "batch_size=8"])
+def test_what_may_change(saved, tiny_config, override):
+    path, meta = newest_whole(saved[0])
+    other, _ = load_config(tiny_config, [override])
+    check_same_run(path, meta, other, IDENTITY)
+
+
+@pytest.mark.parametrize("limit", [2_000, 60_000])
+def test_no_room(saved, tiny_config, limit):
+    """Writing stops in the weights or in the optimiser state, as on a full disk, through a file size limit."""
+    run_dir, _ = saved
+    script = f"""
+import resource, torch
+from pathlib import Path
+from tests.test_checkpoint import _save
+from m4.build import build_model
+from m4.config import load_config
+from m4.training.optimizer import build_optimizer
+config, _ = load_config({str(tiny_config)!r}, ["keep_ckpts=1"])
+model = build_model(config, torch.device("cpu"))
+optimizer = build_optimizer(model, config)
+for parameter in model.parameters():
+    parameter.grad = torch.ones_like(parameter)
+optimizer.step()
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    _save(Path({str(run_dir)!r}), 4, model, optimizer, config)
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+    sizes = {name: (run_dir / "checkpoints/step-00000003" / name).stat().st_size for name in
+             ("model.safetensors", "state.pt")}  # fmt: skip
+    assert limit < max(sizes.values()), sizes
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
+    assert "CheckpointError" in done.stdout, done.stdout + done.stderr
+    assert "cannot be written" in done.stdout
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (1, 2, 3)]
+    assert _newest_step(run_dir) == 3
+
+
+def test_full_disk_names_the_disk(saved, config, monkeypatch):
+    run_dir, _ = saved
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = build_model(config, torch.device("cpu"))
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*are free.*make room"):
+        _save(run_dir, 4, model, build_optimizer(model, config), config)
+    assert _newest_step(run_dir) == 3
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(saved, config):
+    run_dir, _ = saved
+    model = build_model(config, torch.device("cpu"))
+    with pytest.raises(AttributeError):
+        _save(run_dir, 4, model, None, config)
