@@ -210,8 +210,8 @@ def test_folders_may_have_any_name(tmp_path: Path, name: str) -> None:
     log = tmp_path / "log"
     compiler, nvcc = program(root / "g++"), program(tmp_path / "cuda (13) it's" / "nvcc")
     settings = {"CXX": str(compiler), "NVCC": str(nvcc), "M4KERNELS_CUDA": "1", "M4_TEST_LOG": str(log)}
-    temporary = root / "t m p"
-    temporary.mkdir()
+    temporary = tmp_path / re.sub("[${}]", "", name) / "t m p"  # setuptools takes the three for variables
+    temporary.mkdir(parents=True)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(root / "lib"), "--build-temp", "t m p"]
     done = subprocess.run(
         command, cwd=root, env=os.environ | settings | {"TMPDIR": str(temporary)}, capture_output=True, text=True
@@ -224,7 +224,7 @@ def test_folders_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert len(compiled) > 20
     assert any("-DM4K_CUDA_ARCHS=80;90;100" in call for call in calls)
     assert all("./host-compiler" in call for call in calls if any(word.endswith("_cuda.cu") for word in call))
-    script = temporary / "ninja" / "host-compiler"
+    script = root / "t m p" / "ninja" / "host-compiler"
     log.unlink()
     subprocess.run([script, "a b"], check=True, env=os.environ | settings)
     assert log.read_text() == "a b\n\n"
