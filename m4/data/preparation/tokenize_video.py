@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from m4.data.framing import CANVAS, Framing, frame_for
-from m4.data.layout import BINS, NUM_JOINTS, SHAPES
+from m4.data.framing import Framing, frame_for
 from m4.data.penn_action import Label, Video
 from m4.data.preparation.captions import BlipCaptioner, label_caption
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.pairs import find_pairs
 from m4.data.tokenizers import ImageTokenizer, make_tokenizer
+from m4.modalities import BINS, CANVAS, NUM_JOINTS, TABLE, TOKEN_SHAPES
 from m4kernels import quantize_coords
 
 _BATCH = 16  # pairs tokenised together
@@ -34,13 +34,13 @@ def shared_captioner(options: PrepareOptions) -> BlipCaptioner:
 
 
 def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarray]:
-    """All P pairs of a video: ``pairs`` int32 (P, 2), frame numbers from 1; the four arrays of SHAPES; ``captions``.
+    """All P pairs of a video: ``pairs`` int32 (P, 2), frame numbers from 1; tokens (P, *TOKEN_SHAPES); ``captions``.
 
     Both frames of a pair are cut by the framing of the reference. Raises DataError for a frame that cannot be used.
     """
     label = video.label
     tokenizer = shared_tokenizer(options)
-    columns: dict[str, list] = {name: [] for name in (*SHAPES, "pairs", "captions")}
+    columns: dict[str, list] = {name: [] for name in (*TOKEN_SHAPES, "pairs", "captions")}
     windows: list[np.ndarray] = []
     references: list[Image.Image] = []  # whole frames, for BLIP
 
@@ -71,8 +71,8 @@ def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarra
             work_off()
     work_off()
     arrays: dict[str, np.ndarray] = {}
-    for name, shape in SHAPES.items():
-        dtype = np.uint16 if name.startswith("coords") else np.int32
+    for name, shape in TOKEN_SHAPES.items():
+        dtype = np.uint16 if TABLE[name].kind == "joints" else np.int32
         arrays[name] = np.array(columns[name], dtype=dtype).reshape(-1, *shape)
     arrays["pairs"] = np.array(columns["pairs"], dtype=np.int32).reshape(-1, 2)
     if options.captions != "none":
