@@ -48,7 +48,3 @@ class TokenRows:
         if self._table is None:
             return send(self._store.tokens[rows].view(np.int16), self._device).view(torch.uint16)
         return self._table.index_select(0, rows_on_device).view(torch.uint16)
-
-    def lengths(self, rows: np.ndarray) -> Tensor | None:
-        """int32 (B, M) on the device, or None where every row is full."""
-        return None if self._store.lengths is None else send(self._store.lengths[rows], self._device)

@@ -31,12 +31,11 @@ _log = logging.getLogger(__name__)
 class TokenStore:
     """The samples of one split. Rows are in the order of ``pids``, modality after modality.
 
-    tokens: memory-mapped uint16 (N, L), L = Σ max_seq_lens. lengths: int32 (N, M) actual lengths, or None when every
-    row is full. fingerprint: hex digest of the content, the same wherever the data lies.
+    tokens: memory-mapped uint16 (N, L), L = Σ max_seq_lens; every row is full. fingerprint: hex digest of the content,
+    the same wherever the data lies.
     """
 
     tokens: np.ndarray
-    lengths: np.ndarray | None
     fingerprint: str
     pids: tuple[str, ...]
 
@@ -105,7 +104,7 @@ def open_store(
                 remedy="Raise the vocabulary size, or prepare the data with the tokenizer that it was set for.",
             )
     tokens = np.memmap(folder / index["data"], dtype=np.uint16, mode="r", shape=(len(pids), sum(max_seq_lens)))
-    return TokenStore(tokens=tokens, lengths=None, fingerprint=index["fingerprint"], pids=tuple(pids))
+    return TokenStore(tokens=tokens, fingerprint=index["fingerprint"], pids=tuple(pids))
 
 
 def _survey(root: Path, split: str, modalities: list[str], pids: list[str]) -> tuple[dict[str, list[str]], str]:
