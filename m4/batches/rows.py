@@ -38,8 +38,10 @@ class TokenRows:
             if device.type == "cuda":
                 free = torch.cuda.mem_get_info(device)[0]
                 resident = store.tokens.nbytes <= _RESIDENT_SHARE * free
-                where = "resident on the GPU" if resident else f"sent in batches ({free / 1e9:.1f} GB are free there)"
-                log.info("tokens: %.1f MB, %s", store.tokens.nbytes / 1e6, where)
+                placement = (
+                    "resident on the GPU" if resident else f"sent in batches ({free / 1e9:.1f} GB are free there)"
+                )
+                log.info("tokens: %.1f MB, %s", store.tokens.nbytes / 1e6, placement)
         # As int16, which every indexing kernel of torch takes; the bits are those of the uint16 tokens.
         self._table = torch.from_numpy(np.array(store.tokens).view(np.int16)).to(device) if resident else None
 

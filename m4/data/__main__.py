@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"a worker process died ({error}); free some memory or lower --workers, and run this again")
     except OSError as error:
         # A full disk does not say for which file.
-        where = error.filename or getattr(options, "out", None) or getattr(options, "root", "input/output")
-        return _fail(f"{where}: {error.strerror or error}")
+        subject = error.filename or getattr(options, "out", None) or getattr(options, "root", "input/output")
+        return _fail(f"{subject}: {error.strerror or error}")
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -161,11 +161,11 @@ def _build(
         ) from error
     packed = np.empty((len(pids), sum(max_seq_lens)), dtype=np.uint16)
     largest = []
-    said: list[str] = []
+    assumptions: list[str] = []
     start = 0
     for modality, length, vocab_size in zip(modalities, max_seq_lens, vocab_sizes, strict=True):
         rows, notes = read_rows(root, modality, files[modality], length, vocab_size)
-        said += [f"{modality}: {note}" for note in notes]
+        assumptions += [f"{modality}: {note}" for note in notes]
         row = int(rows.max(axis=1).argmax())
         largest.append((int(rows[row].max()), row))
         low = int(rows.min(axis=1).argmin())
@@ -183,7 +183,7 @@ def _build(
     digest.update(packed.astype("<u2").tobytes())
     fingerprint = digest.hexdigest()
     data = f"{index_path.stem}-{fingerprint[:16]}.u16"
-    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest, "notes": said}
+    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest, "notes": assumptions}
     write_atomically(folder / data, packed.tobytes())
     write_atomically(index_path, json.dumps(index).encode())
     for old in folder.glob(f"{index_path.stem}-*.u16"):

@@ -196,11 +196,11 @@ def _duplicates(splits: list[Split], pairs: dict[str, tuple[str, int, int]]) -> 
         lines.append(f"WARNING: {len(across)} samples are in two splits, such as {first}/{pid} = {second}/{other}")
     if not pairs:
         return [*lines, "videos: no pairs.csv, so nothing is known of which samples share a video"]
-    leaked = sorted(video for video, homes in videos.items() if len(homes) > 1)
-    wholes: dict[bytes, list[str]] = defaultdict(list)
-    for video, homes in videos.items():
-        wholes[b"".join(digest for digests in homes.values() for digest in digests)].append(video)
-    copies = [names for names in wholes.values() if len(names) > 1]
+    leaked = sorted(video for video, by_split in videos.items() if len(by_split) > 1)
+    by_content: dict[bytes, list[str]] = defaultdict(list)
+    for video, by_split in videos.items():
+        by_content[b"".join(digest for digests in by_split.values() for digest in digests)].append(video)
+    copies = [names for names in by_content.values() if len(names) > 1]
     lines.append(
         f"videos: {len(videos)}, {sum(len(names) - 1 for names in copies)} copies of another"
         + (f" such as {' = '.join(copies[0][:2])}" if copies else "")

@@ -33,7 +33,7 @@ def shared_captioner(options: PrepareOptions) -> BlipCaptioner:
     return BlipCaptioner(options.blip_dir)
 
 
-def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarray]:
+def tokenize_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarray]:
     """All P pairs of a video: ``pairs`` int32 (P, 2), frame numbers from 1; tokens (P, *TOKEN_SHAPES); ``captions``.
 
     Both frames of a pair are cut by the framing of the reference. Raises DataError for a frame that cannot be used.
@@ -44,7 +44,7 @@ def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarra
     windows: list[np.ndarray] = []
     references: list[Image.Image] = []  # whole frames, for BLIP
 
-    def work_off() -> None:
+    def encode_windows() -> None:
         if not windows:
             return
         grids = tokenizer.encode(np.stack(windows)).astype(np.int32)
@@ -68,8 +68,8 @@ def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarra
         elif options.captions == "blip":
             references.append(image)
         if len(windows) == 2 * _BATCH:
-            work_off()
-    work_off()
+            encode_windows()
+    encode_windows()
     arrays: dict[str, np.ndarray] = {}
     for name, shape in TOKEN_SHAPES.items():
         dtype = np.uint16 if TABLE[name].kind == "joints" else np.int32
@@ -94,15 +94,15 @@ def joint_tokens(label: Label, frame: int, framing: Framing) -> np.ndarray:
 
 
 def _walk(video: Video, threshold: float) -> Iterator[tuple[int, int, Image.Image, Image.Image]]:
-    """The pairs with their images, of which only the reference and the newest are held."""
-    held: dict[str, Image.Image] = {}
+    """The pairs with their images, of which only the reference and the newest are kept."""
+    images: dict[str, Image.Image] = {}
 
     def gray() -> Iterator[np.ndarray]:
         for number in range(len(video.frames)):
-            held["newest"] = video.image(number)
-            held.setdefault("reference", held["newest"])
-            yield np.asarray(held["newest"].convert("L"))
+            images["newest"] = video.image(number)
+            images.setdefault("reference", images["newest"])
+            yield np.asarray(images["newest"].convert("L"))
 
     for reference, successor in find_pairs(gray(), threshold):
-        yield reference, successor, held["reference"], held["newest"]
-        held["reference"] = held["newest"]
+        yield reference, successor, images["reference"], images["newest"]
+        images["reference"] = images["newest"]
