@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from m4.data.framing import FRAMINGS
+from m4.data.inspection.dataset_statistics import describe, read_all
 from m4.data.inspection.sheet import compare_with_frames, sheet_of
-from m4.data.inspection.statistics import describe, read_all
 from m4.data.layout import read_meta
 from m4.data.preparation.captions import CAPTIONS
 from m4.data.preparation.options import PrepareOptions

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from m4.data.framing import FRAMINGS, frame_for
+from m4.data.inspection.dataset_statistics import read_all
 from m4.data.inspection.sheet import compare_with_frames
-from m4.data.inspection.statistics import read_all
 from m4.data.penn_action import Label, read_label, write_label
 from m4.data.preparation.pairs import find_pairs
 from m4.data.preparation.prepare import prepare

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from m4.data.framing import frame_for
-from m4.data.inspection.statistics import Split, read_all, read_pairs
+from m4.data.inspection.dataset_statistics import Split, read_all, read_pairs
 from m4.data.layout import read_meta
 from m4.data.penn_action import open_video
 from m4.data.preparation.tokenize_video import joint_tokens

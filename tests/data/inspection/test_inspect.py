@@ -10,8 +10,8 @@ import scipy.io
 from PIL import Image
 
 from m4.data.__main__ import main
+from m4.data.inspection.dataset_statistics import read_all, statistics
 from m4.data.inspection.sheet import compare_with_frames, draw_sheet
-from m4.data.inspection.statistics import read_all, statistics
 from m4.data.layout import read_meta
 from m4.data.split import split_output_dataset
 from m4.data.tokenizers import tokenizer_of
