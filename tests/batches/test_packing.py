@@ -6,8 +6,7 @@ import torch
 
 from m4.batches.packing import GRANULE, deal, drawn_counts, fixed_capacity, round_up
 from m4kernels import MaskingSpec, mask_tokens
-
-M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
+from m4kernels.cases import M4_MASKING as M4
 
 
 def m4_tokens(first: int, samples: int) -> np.ndarray:

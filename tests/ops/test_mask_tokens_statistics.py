@@ -9,9 +9,9 @@ from torch import Tensor
 
 from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS
+from m4kernels.cases import M4_MASKING as M4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
 
 
 def draw(spec: MaskingSpec, batch: int, seed: int = 0) -> MaskedBatch:
