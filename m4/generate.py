@@ -15,8 +15,8 @@ from m4.data.tokenizers import tokenizer_of
 from m4.device import pick_device
 from m4.errors import ConfigError
 from m4.generation.decode import generate
-from m4.generation.moments import prediction_picture
-from m4.modalities import NEXT, REFERENCE, TABLE, RowLayout
+from m4.generation.moments import check_moments, prediction_picture
+from m4.modalities import NEXT, REFERENCE, RowLayout
 
 
 def main() -> int:
@@ -38,16 +38,8 @@ def main() -> int:
     if arguments.samples < 1:
         raise ConfigError(f"--samples: expected at least 1, got {arguments.samples}")
     config, checkpoint = load_run(arguments.run)
-    missing = [name for name in (*REFERENCE, *NEXT) if name not in config.modalities]
-    if missing:
-        raise ConfigError(f"--run: {arguments.run} was trained without {', '.join(missing)}; there is nothing to draw")
     layout = RowLayout.of(config)
-    for name in (*REFERENCE, *NEXT):
-        if layout[name] != TABLE[name]:
-            raise ConfigError(
-                f"--run: {arguments.run} has {layout[name].length} tokens of {name} a sample where a picture needs "
-                f"{TABLE[name].length}; there is nothing to draw"
-            )
+    check_moments(layout, arguments.run)
     device = pick_device(arguments.device or config.device)
     root = data_root(config)
     meta = require_meta(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -9,9 +10,23 @@ from torch import Tensor
 
 from m4.config import TrainConfig
 from m4.data.tokenizers import ImageTokenizer
-from m4.modalities import NEXT, REFERENCE, RowLayout, data_vocab_size
+from m4.errors import ConfigError
+from m4.modalities import NEXT, REFERENCE, TABLE, RowLayout, data_vocab_size
 from m4.pictures.sheets import Moment, prediction_panel
 from m4kernels import dequantize_coords
+
+
+def check_moments(layout: RowLayout, run_dir: Path) -> None:
+    """Raise ConfigError unless rows hold the images and joints of a reference and a next moment, whole."""
+    missing = [name for name in (*REFERENCE, *NEXT) if name not in layout.modalities]
+    if missing:
+        raise ConfigError(f"--run: {run_dir} was trained without {', '.join(missing)}; there is nothing to draw")
+    for name in (*REFERENCE, *NEXT):
+        if layout[name] != TABLE[name]:
+            raise ConfigError(
+                f"--run: {run_dir} has {layout[name].length} tokens of {name} a sample, "
+                f"a picture needs {TABLE[name].length}; there is nothing to draw"
+            )
 
 
 def prediction_picture(
