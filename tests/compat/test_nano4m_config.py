@@ -119,8 +119,8 @@ def test_override_of_an_interpolated_value(nested, override, batch_size):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("per_modality_loss_avg: true", "per_modality_loss_avg: false", ["per_modality_loss_avg", "False", "true"]),
-        ("overlap_vocab: true", "overlap_vocab: false", ["overlap_vocab", "False"]),
+        ("per_modality_loss_avg: true", "per_modality_loss_avg: false", ["per_modality_loss_avg", "false", "true"]),
+        ("overlap_vocab: true", "overlap_vocab: false", ["overlap_vocab", "false"]),
         ("overlap_posembs: true", "overlap_posembs: 3", ["overlap_posembs", "3"]),
         ("  dim: 512", "  dimension: 512", ["model_config.dimension", "512", "model_config.dim"]),
         ("  num_workers: 10", "  num_worker: 10", ["num_worker", "num_workers"]),
