@@ -127,6 +127,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("lr: '${'", "lr: "),
         ("lr: 1" + " " * 2_000_000, "more than 2,000,000 bytes"),
     ],
+    ids=lambda text: ascii(text)[:20],
 )
 def test_what_is_no_configuration(tmp_path, text, said):
     with pytest.raises(ConfigError, match=said) as caught:
