@@ -33,7 +33,7 @@ from m4.config_yaml import read_tree, to_yaml
 from m4.device import DEVICE_NAME, DEVICE_NAMES, DTYPES
 from m4.errors import ConfigError
 from m4.model.config import AttentionConfig, ModelConfig
-from m4.schedule import ONE_TOKEN, LearningRate, Schedule, total_samples
+from m4.schedule import FLOAT32, ONE_TOKEN, LearningRate, Schedule, total_samples
 from m4kernels import MaskingSpec
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
 
 _REFERENCE_TIME = Duration("14:34:45")  # of the M4 recipe on 4 × V100
 _MOST_IDS = 65536  # of a modality: tokens are stored in 16 bits
-_FLOAT32 = (1e-37, 3e38)  # what float32 holds with all its digits
 _NAME_BYTES = 255  # what file systems allow a folder's name
 
 # What null stands for, for the keys that may be null.
@@ -80,7 +79,7 @@ class ModelSection:
     dec_depth: int = ModelConfig.dec_depth
     head_dim: int = ModelConfig.head_dim
     mlp_ratio: float = ModelConfig.mlp_ratio
-    attention: Patterns | None = None  # {encoder, decoder, cross: full | within_modality | [[…]]}
+    attention: Patterns | None = None  # {encoder, decoder, cross: full | within_modality | [[…]]}; null: full
 
 
 @dataclass
@@ -356,7 +355,7 @@ def _check(c: TrainConfig) -> None:
 
     for key in ("eval_freq", "save_ckpt_freq"):
         require(getattr(c, key) >= ONE_TOKEN, key, f"a value above 0, at least {ONE_TOKEN:g} millions, one token")
-    least, most = _FLOAT32
+    least, most = FLOAT32
     require(0 <= c.weight_decay <= most, "weight_decay", f"a value in 0 … {most:g}")
     require(
         c.clip_grad is None or least <= c.clip_grad <= most, "clip_grad", f"a value in {least:g} … {most:g}, or null"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # imported where files are parsed: training on a machine that
 _MOST_BYTES = 2_000_000
 _MOST_VALUES = 250_000  # of a file; more come from aliases of aliases
 _DEEPEST = 32
-_NULLS = ("null", "Null", "NULL", "~")
+_NULLS = ("null", "Null", "NULL")  # on the command line; ~ means no value in YAML, but a folder to a shell
 
 
 class _TextLoader(yaml.SafeLoader):

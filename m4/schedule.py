@@ -10,7 +10,7 @@ ONE_TOKEN = 1e-6  # amounts of tokens are in millions
 MOST_TOKENS = 1e12
 MOST_SAMPLES = 2**20  # of a batch: the masks of a step are drawn together
 MOST_STEPS = 99_999_999  # checkpoint folders have eight digits
-_LEAST_RATE, _MOST_RATE = 1e-37, 3e38  # what float32 holds with all its digits
+FLOAT32 = (1e-37, 3e38)  # what float32 holds with all its digits
 
 
 class Recipe(Protocol):
@@ -96,8 +96,9 @@ class LearningRate:
     total_tokens: float
 
     def __post_init__(self) -> None:
-        if not _LEAST_RATE <= self.lr <= _MOST_RATE:
-            raise ValueError(f"lr must be above 0 and fit float32 ({_LEAST_RATE:g} to {_MOST_RATE:g}), got {self.lr}")
+        least, most = FLOAT32
+        if not least <= self.lr <= most:
+            raise ValueError(f"lr must be above 0 and fit float32 ({least:g} to {most:g}), got {self.lr}")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr must be 0 to lr ({self.lr:g}), got {self.min_lr}")
         if not 0 <= self.token_warmup < self.total_tokens:
