@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
 import time
@@ -43,15 +44,28 @@ class HeapTrimmer:
             self._last = time.monotonic()
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error."""
+def pick_device(name: str, key: str = "device") -> torch.device:
+    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error.
+
+    Raises:
+        ConfigError: naming ``key``, the configuration's or an argument's; the GPU was tried with an allocation.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", name)
+    if match is None:
+        raise ConfigError(f"{key}: expected cpu, cuda, cuda:INDEX or auto, got {name!r}")
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{key}: {name} is not there ({torch.cuda.device_count()} CUDA devices); use cpu or auto")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels are launched on the current device
+    try:
+        if device.index is not None:
+            torch.cuda.set_device(device)  # kernels are launched on the current device
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {name} cannot be used: {str(error).splitlines()[0]}; use cpu") from error
     return device
 
 

@@ -57,9 +57,26 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut short by a kill is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file; a last line cut short by a kill is left out.
+
+    Raises:
+        ConfigError: naming the line that is damaged otherwise.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
+
+
+def _parse(text: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError("not an object with a step")
+    except ValueError as error:  # json's and UTF-8's own are among them
+        raise ConfigError(
+            f"{path}, line {number}: expected one JSON object with a step, got {text[:80]!r} ({error}); "
+            "remove the line, or move the file away"
+        ) from None
+    return line
 
 
 def truncate_metrics(path: Path, step: int) -> None:
