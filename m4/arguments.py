@@ -29,7 +29,7 @@ def whole(lowest: int, highest: int | None = None) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {_shortened(text)!r}") from None
         if value < lowest or (highest is not None and value > highest):
             raise argparse.ArgumentTypeError(f"expected {_span(lowest, highest)}, got {_shortened(text)}")
         return value
@@ -44,16 +44,17 @@ def number(lowest: float, highest: float | None = None) -> Callable[[str], float
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected a number, got {_shortened(text)!r}") from None
         if not math.isfinite(value) or value < lowest or (highest is not None and value > highest):
-            raise argparse.ArgumentTypeError(f"expected a finite number, {_span(lowest, highest)}, got {text}")
+            expected = f"a finite number, {_span(lowest, highest)}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {_shortened(text)}")
         return value
 
     return parse
 
 
 def _span(lowest: float, highest: float | None) -> str:
-    return f"at least {lowest:g}" if highest is None else f"{lowest:g} … {highest:g}" if isinstance(highest, float) else f"{lowest} … {highest}"
+    return f"at least {lowest}" if highest is None else f"{lowest} … {highest}"
 
 
 def _shortened(text: str) -> str:
@@ -64,9 +65,9 @@ def run_directory(text: str) -> Path:
     """A ``type`` for argparse: the folder of a run, with checkpoints or metrics in it."""
     path = Path(text)
     expected = "expected a run directory such as runs/M4-tiny"
-    if not text or not path.exists():
+    if not text or not os.path.exists(path):
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}, which is not there")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{expected}, got the file {text}")
     if not os.access(path, os.R_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"{expected}, got {text}, which may not be read (permissions)")
@@ -80,8 +81,8 @@ def run_directory(text: str) -> Path:
 def existing_folder(text: str) -> Path:
     """A ``type`` for argparse: a folder that is there and can be read."""
     path = Path(text)
-    if not text or not path.is_dir():
-        found = "not there" if not text or not path.exists() else "a file"
+    if not text or not os.path.isdir(path):
+        found = "not there" if not text or not os.path.exists(path) else "a file"
         raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}, which is {found}")
     if not os.access(path, os.R_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"expected a folder, got {text}, which may not be read (permissions)")
@@ -94,7 +95,7 @@ def check_picture_path(argument: str, path: Path, endings: Sequence[str]) -> Non
     Raises:
         ConfigError: naming ``argument``; the ending is none of ``endings``, the path is a folder, or not writable.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{argument}: expected a file to write, got the folder {path}")
     if path.suffix.lower() not in endings:
         raise ConfigError(f"{argument}: expected a name that ends in {', '.join(endings)}, got {str(path)!r}")

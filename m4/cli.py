@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import io
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
@@ -52,7 +54,7 @@ def exit_status(main: Callable[[], int]) -> int:
     """
     try:
         status = main()
-        _flush_output()
+        sys.stdout.flush()  # a full disk or a reader that has gone is seen here, and not at exit
         return status
     except BrokenPipeError:
         _discard_output()
@@ -69,10 +71,7 @@ def exit_status(main: Callable[[], int]) -> int:
         if os.environ.get("M4_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
         _say(f"error: {' '.join(line.split()) or type(error).__name__}")
-        try:
-            _flush_output()
-        except OSError:
-            _discard_output()
+        _discard_output()
         return 2
 
 
@@ -105,15 +104,47 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stderr)
 
 
+class _Output(io.TextIOWrapper):
+    """Standard output in any encoding; an error says that it is about it, which a full disk does not."""
+
+    def __init__(self, stream: io.TextIOWrapper):
+        super().__init__(
+            stream.detach(),
+            encoding=stream.encoding,
+            errors="m4.plain",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+
+    def write(self, text: str) -> int:
+        with _named("standard output"):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _named("standard output"):
+            super().flush()
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, place) from error
+
+
 def _make_streams_safe() -> None:
     """Output in any encoding, and to streams that the caller has closed (``>&-``), is no reason to fail."""
     codecs.register_error("m4.plain", _plain)
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="m4.plain")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout = _Output(sys.stdout)
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="m4.plain")
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -131,17 +162,8 @@ def _say(line: str) -> None:
         _discard(sys.stderr)
 
 
-def _flush_output() -> None:
-    """Write what is left, so that a full disk or a reader that has gone is seen here and not at exit."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from error
-
-
 def _discard_output() -> None:
+    """Write what is left of our output, or give it up where that fails."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -44,8 +44,8 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:
         if error.filename is None and error.errno is not None and not isinstance(error, BrokenPipeError):
             # A full disk does not say for which file.
-            where = getattr(options, "out", None) or getattr(options, "root", "input/output")
-            raise OSError(error.errno, error.strerror, str(where)) from error
+            place = getattr(options, "out", None) or getattr(options, "root", "input/output")
+            raise OSError(error.errno, error.strerror, str(place)) from error
         raise
     return 0
 

@@ -13,7 +13,7 @@ from m4kernels import MaskedBatch, PackedTokens, Segments
 
 _SAMPLE_BITS = 20  # of the seed of a sample's generator; the rest, up to torch's 64 bits, is the seed
 MAX_SEED = (1 << (64 - _SAMPLE_BITS)) - 1
-MAX_TEMPERATURE = 1e6  # noise that float32 still holds beside -inf; ids are long since equally likely
+MAX_TEMPERATURE = 1_000_000  # noise that float32 still holds beside -inf; ids are long since equally likely
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def generate(
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature: expected 0 … {MAX_TEMPERATURE:g}, got {temperature}")
+        raise ValueError(f"temperature: expected 0 … {MAX_TEMPERATURE}, got {temperature}")
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed: expected 0 … {MAX_SEED}, got {seed}")
     if first_sample < 0 or first_sample + len(tokens) > 1 << _SAMPLE_BITS:
