@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from m4.device import DEVICE_NAMES
 from m4.errors import ConfigError
 from m4.files import writable_file
-
-DEVICES = "cpu, cuda, cuda:INDEX or auto"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -111,4 +110,4 @@ def add_saved_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="checkpoint folder (default: the run's newest)")
     parser.add_argument("--data", type=existing_folder, metavar="ROOT", help="data root (default: the run's own)")
     parser.add_argument("--split", help="split of the data (default: the run's evaluation split)")
-    parser.add_argument("--device", help=f"{DEVICES} (default: as the run was configured)")
+    parser.add_argument("--device", help=f"{DEVICE_NAMES} (default: as the run was configured)")

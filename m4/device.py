@@ -14,6 +14,8 @@ import torch
 
 from m4.errors import ConfigError
 
+DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
+DEVICE_NAMES = "cpu, cuda, cuda:INDEX or auto"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,15 +54,15 @@ def pick_device(name: str, key: str = "device") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    match = DEVICE_NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"{key}: expected {DEVICE_NAMES}, got {name!r}")
     if name == "cpu":
         return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]{0,3}))?", name)
-    if match is None:
-        raise ConfigError(f"{key}: expected cpu, cuda, cuda:INDEX or auto, got {name!r}")
     if int(match[1] or 0) >= torch.cuda.device_count():
         raise ConfigError(f"{key}: {name} is not there ({torch.cuda.device_count()} CUDA devices); use cpu or auto")
-    device = torch.device(name)
     try:
+        device = torch.device(name)
         if device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the current device
         torch.empty(1, device=device)

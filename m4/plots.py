@@ -47,8 +47,7 @@ def read_losses(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             and all(value is None or _is_number(value) for value in line["per_modality"].values())
         ):
             raise ConfigError(
-                f"{path}, line {number}: expected the numbers tokens, loss and per_modality, "
-                f"got {json.dumps(line)[:200]}"
+                f"{path}:{number}: expected the numbers tokens, loss and per_modality, got {json.dumps(line)[:200]}"
             )
         kinds[line["kind"]].append(line)
     if not kinds["train"]:

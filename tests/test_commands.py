@@ -160,13 +160,13 @@ def test_samples_do_not_depend_on_how_many_are_decoded_at_once(call, saved_run, 
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
-        (metrics_line("train", 1) + "{broken}\n" + metrics_line("train", 2), ["line 2", "{broken}"]),
-        (metrics_line("train", 1) + "[1, 2]\n", ["line 2", "[1, 2]"]),
-        ('{"kind": "train", "step": 1}\n', ["line 1", "tokens, loss and per_modality"]),
-        (metrics_line("train", 1).replace("6.0", '"six"'), ["line 1", "six"]),
+        (metrics_line("train", 1) + "{broken}\n" + metrics_line("train", 2), [":2: ", "{broken}"]),
+        (metrics_line("train", 1) + "[1, 2]\n", [":2: ", "[1, 2]"]),
+        ('{"kind": "train", "step": 1}\n', [":1: ", "tokens, loss and per_modality"]),
+        (metrics_line("train", 1).replace("6.0", '"six"'), [":1: ", "six"]),
         (metrics_line("eval", 1), ["no training step"]),
         ("", ["no training step"]),
-        ("\udcff\udcfe\n", ["line 1"]),
+        ("\udcff\udcfe\n", [":1: "]),
     ],
 )
 def test_plots_of_damaged_metrics(call, no_work, saved_run, metrics, said):

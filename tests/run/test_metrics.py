@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from m4.errors import ConfigError
 from m4.run.metrics import read_metrics, truncate_metrics
 
 
@@ -21,5 +20,5 @@ def test_truncation_drops_later_and_broken_lines(tmp_path):
 def test_a_damaged_line_is_named(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n')
-    with pytest.raises(ConfigError, match=r"metrics.jsonl, line 2: expected one JSON object"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: expected a JSON object"):
         read_metrics(path)
