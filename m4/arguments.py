@@ -68,8 +68,9 @@ def run_directory(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}, which is not there")
     if not os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{expected}, got the file {text}")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{expected}, got {text}, which may not be read (permissions)")
+    for folder in (path, path / "checkpoints"):
+        if os.path.exists(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise argparse.ArgumentTypeError(f"{expected}, got {text}: {folder} may not be read (permissions)")
     if not any((path / name).exists() for name in ("checkpoints", "metrics.jsonl", "config.yaml")):
         inside = sorted(str(entry) for entry in path.iterdir() if (entry / "checkpoints").is_dir())
         hint = f"; perhaps one of {', '.join(inside[:5])}" if inside else ""

@@ -117,11 +117,18 @@ def test_what_is_no_run(call, no_work, saved_run, tmp_path, command):
     _fault(call(command, "--run", saved_run.parent, *out), "--run", "holds no run; perhaps one of", str(saved_run))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
 def test_what_may_not_be_read_or_written(call, no_work, saved_run):
     saved_run.chmod(0o000)
+    if os.access(saved_run, os.R_OK):
+        saved_run.chmod(0o700)
+        pytest.skip("permissions do not bind this user (root)")
     _fault(call("evaluate", "--run", saved_run), "--run", "permissions")
+    saved_run.chmod(0o700)
+    (saved_run / "checkpoints").chmod(0o000)
+    _fault(call("evaluate", "--run", saved_run), "--run", "checkpoints may not be read")
+    (saved_run / "checkpoints").chmod(0o700)
     saved_run.chmod(0o500)
+    _fault(call("plots", "--run", saved_run), "--out", "loss.png cannot be written: Permission denied")
     _fault(call("evaluate", "--run", saved_run), str(saved_run / "evaluation-eval.json"), "Permission denied")
     saved_run.chmod(0o700)
 
