@@ -11,20 +11,14 @@ from torch import Tensor
 
 from m4.arguments import CommandParser, add_saved_run, check_picture_path, existing_folder, number, whole
 from m4.cli import run_command
-from m4.config import TrainConfig
+from m4.data.layout import require_meta
 from m4.data.store import TokenStore
+from m4.data.tokenizers import tokenizer_of
 from m4.errors import ConfigError
 from m4.files import write_atomically
 from m4.generation.decode import MAX_SEED, MAX_TEMPERATURE, generate
-from m4.generation.moments import (
-    NEXT,
-    REFERENCE,
-    id_limits,
-    joint_positions,
-    prediction_picture,
-    read_meta,
-    tokenizer_of,
-)
+from m4.generation.moments import check_moments, prediction_picture
+from m4.modalities import NEXT, REFERENCE, RowLayout
 from m4.pictures.sheets import picture_bytes, picture_endings
 from m4.saved_run import SavedRun
 
@@ -36,19 +30,18 @@ _SAMPLES_AT_ONCE = 4  # their logits over 64,000 ids are 0.3 GB
 def main() -> int:
     arguments = _arguments()
     run = SavedRun.open(arguments.run, checkpoint=arguments.checkpoint, data=arguments.data, device=arguments.device)
-    missing = [name for name in (*REFERENCE, *NEXT) if name not in run.config.modalities]
-    if missing:
-        raise ConfigError(f"--run: {run.folder} was trained without {', '.join(missing)}; there is nothing to draw")
-    _check_steps(arguments.steps, run.config)
+    layout = RowLayout.of(run.config)
+    check_moments(layout, run.folder)
+    _check_steps(arguments.steps, layout)
     split = run.split_name(arguments.split)
-    meta = read_meta(run.root)
-    tokenizer = tokenizer_of(meta, arguments.cosmos_dir)
+    meta = require_meta(run.root)
+    tokenizer = tokenizer_of(meta, cosmos_dir=arguments.cosmos_dir)
     store = run.open_split(split)
     rows = _spread(store, arguments.samples, split)
     true = store.batch(rows).to(run.device)
     model = run.model()
-    limits = id_limits(meta, run.config).to(run.device)
-    ordinal = joint_positions(run.config).to(run.device)
+    limits = layout.id_limits(meta).to(run.device)
+    ordinal = layout.ordinal().to(run.device)
 
     def predicted(first: int) -> Tensor:
         return generate(
@@ -90,8 +83,8 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _check_steps(steps: int | None, config: TrainConfig) -> None:
-    tokens = sum(n for name, n in zip(config.modalities, config.max_seq_lens, strict=True) if name in NEXT)
+def _check_steps(steps: int | None, layout: RowLayout) -> None:
+    tokens = sum(layout[name].length for name in NEXT)
     if steps is not None and steps > tokens:
         raise ConfigError(f"--steps: expected 1 … {tokens}, one for each token of {' and '.join(NEXT)}, got {steps}")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ from tests.saved_runs import save_run, saved_config, write_data
 # Without a GPU, Triton kernels are tested through Triton's interpreter. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for PyTorch and the compiled kernels; ask for it where threads would wait for a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

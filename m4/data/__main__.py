@@ -11,9 +11,9 @@ from pathlib import Path
 from m4.arguments import CommandParser, check_picture_path, number, whole
 from m4.cli import exit_status, run_command
 from m4.data.framing import FRAMINGS
-from m4.data.inspection.sheet import compare_with_frames, sheet_of, tokenizer_for
-from m4.data.inspection.statistics import describe, read_all
-from m4.data.layout import find_splits
+from m4.data.inspection.dataset_statistics import describe, read_all
+from m4.data.inspection.sheet import compare_with_frames, sheet_of
+from m4.data.layout import find_splits, read_meta
 from m4.data.preparation.captions import CAPTIONS
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.pairs import SSIM_THRESHOLD
@@ -22,7 +22,7 @@ from m4.data.preparation.sample import SAMPLE_VIDEOS, make_sample
 from m4.data.split import FRACTIONS, UNITS, split_output_dataset
 from m4.data.synthetic.clips import SynthOptions
 from m4.data.synthetic.synth import synthesize
-from m4.data.tokenizers import TOKENIZERS
+from m4.data.tokenizers import TOKENIZERS, tokenizer_of
 from m4.device import DTYPES
 from m4.errors import ConfigError
 from m4.files import write_atomically
@@ -137,7 +137,7 @@ def _inspect(options: argparse.Namespace) -> None:
     source = options.penn_action or (root / "videos" if (root / "videos/frames").is_dir() else None)
     if source is None and sheet is None:
         return
-    tokenizer = tokenizer_for(root, options.tokenizer, options.cosmos_dir)
+    tokenizer = tokenizer_of(read_meta(root), options.tokenizer, options.cosmos_dir)
     if source is not None:
         for line in compare_with_frames(root, splits, source, options.samples, tokenizer):
             print(line)

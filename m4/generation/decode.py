@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m4.modalities import RowLayout
 from m4.model import M4
 from m4kernels import MaskedBatch, PackedTokens, Segments
 
@@ -58,18 +59,10 @@ def generate(
         raise ValueError(
             f"given {list(given)}, wanted {list(wanted)}: expected different modalities of {names}, at least one wanted"
         )
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"temperature: expected 0 … {MAX_TEMPERATURE}, got {temperature}")
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed: expected 0 … {MAX_SEED}, got {seed}")
-    if first_sample < 0 or first_sample + len(tokens) > 1 << _SAMPLE_BITS:
-        raise ValueError(f"first_sample: expected samples within 0 … {(1 << _SAMPLE_BITS) - 1}, got {first_sample}")
+    _check_numbers(steps, temperature, seed, first_sample, len(tokens))
     device = tokens.device
-    lengths = torch.tensor(list(config.max_seq_lens), device=device)
-    modality = torch.repeat_interleave(torch.arange(len(names), device=device), lengths)  # (L,)
-    position = torch.cat([torch.arange(n, device=device) for n in config.max_seq_lens])  # (L,)
+    layout = RowLayout.of(config)
+    modality, position = layout.modality_ids().to(device), layout.positions().to(device)  # (L,)
     if id_limits is None:
         id_limits = torch.tensor(list(config.vocab_sizes), device=device)[modality]
 
@@ -103,6 +96,17 @@ def generate(
         if left == 0:
             break
     return filled
+
+
+def _check_numbers(steps: int, temperature: float, seed: int, first_sample: int, samples: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature: expected 0 … {MAX_TEMPERATURE}, got {temperature}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed: expected 0 … {MAX_SEED}, got {seed}")
+    if first_sample < 0 or first_sample + samples > 1 << _SAMPLE_BITS:
+        raise ValueError(f"first_sample: expected samples within 0 … {(1 << _SAMPLE_BITS) - 1}, got {first_sample}")
 
 
 def _pack(tokens: Tensor, chosen: Tensor, modality: Tensor, position: Tensor, modalities: int) -> PackedTokens:
