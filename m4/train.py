@@ -21,13 +21,12 @@ from m4.build import build_model, data_root, masking_spec, open_split
 from m4.checkpoint import RunIdentity, check_same_run, clean_temporaries, load_checkpoint, newest_whole, save_checkpoint
 from m4.cli import run_command
 from m4.config import TrainConfig, config_to_yaml, load_config
-from m4.data.store import TokenStore
 from m4.device import HeapTrimmer, pick_device
 from m4.distributed import World
 from m4.evaluation.losses import evaluate
 from m4.files import write_atomically
 from m4.model import M4
-from m4.run.console import Progress, duration_text
+from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
 from m4.run.directory import only_process, write_summary
 from m4.run.metrics import RunLog
 from m4.run.signals import Interrupted, StopSignals
@@ -35,16 +34,10 @@ from m4.run.state import LoopState
 from m4.schedule import Schedule, learning_rate
 from m4.training.graphs import CudaGraphs
 from m4.training.optimizer import build_optimizer, load_optimizer_state
-from m4.training.preflight import SmokeReport, check_finite, smoke_test
+from m4.training.preflight import check_finite, smoke_test
 from m4.training.step import Execution, Figures, TrainStep
 
 log = logging.getLogger("m4.train")
-
-_DAY = 86400.0
-_RUN_OF_MINUTES = (
-    "model.dim=96 model.head_dim=32 model.enc_depth=2 model.dec_depth=2 batch_size=8 global_batch_size=8 lr=0.006 "
-    "total_tokens=1 token_warmup=0.04 eval_freq=0.25 eval_samples=48 run_name=small"
-)
 
 
 def train(config: TrainConfig, command: str) -> int:
@@ -77,7 +70,8 @@ def train(config: TrainConfig, command: str) -> int:
             log.info("resuming from %s", path)
         saved_step = state.step if resumed else -1
         write_atomically(run_dir / "config.yaml", config_to_yaml(config).encode())
-        _announce(config, schedule, model, store, eval_store, device)
+        parameters = sum(p.numel() for p in model.parameters())
+        announce(config, schedule, device, parameters=parameters, samples=(len(store), len(eval_store)))
         if state.step >= schedule.steps:
             log.info("the run is complete (%d steps); for another one set run_name=NAME", state.step)
             return 0
@@ -121,7 +115,9 @@ def train(config: TrainConfig, command: str) -> int:
                 device=device,
             )
             model.eval()
-            result = evaluate(model, batches, config, device, after_batch=stop.check)
+            samples = min(len(eval_store), config.eval_samples or len(eval_store))
+            shown = show_progress(batches, "evaluating", samples, size=lambda b: b.decoder.segments.batch_size)
+            result = evaluate(model, shown, config, device, after_batch=stop.check)
             model.train()
             with stop.deferred():
                 run_log.write("eval", state.step, {"tokens": schedule.tokens(state.position), **asdict(result)})
@@ -131,11 +127,13 @@ def train(config: TrainConfig, command: str) -> int:
             log.info("step %d  eval %s", state.step, result)
 
         run_log = RunLog(run_dir, config, state.step if resumed else -1)
-        progress = Progress(config, schedule, state, device)
+        progress = TrainingProgress(config, schedule, state, device)
         try:
             positions = np.arange(config.batch_size) + state.position
             smoke = smoke_test(model, store, stream.rows(positions), positions, spec, config, device)
-            _announce_estimate(smoke, config, schedule, device)
+            announce_estimate(
+                schedule, device, lambda samples: smoke.recipe_seconds(samples, config.batch_size), smoke.per_sample
+            )
             feed = Feed(store, stream, spec, config, schedule, device, fixed_shapes=execution.asynchronous)
             forward = torch.compile(model, dynamic=not execution.asynchronous) if config.compile else model
             step = TrainStep(model, forward, optimizer, config, device, execution, feed.capacity)
@@ -194,39 +192,6 @@ def train(config: TrainConfig, command: str) -> int:
     if state.step < schedule.steps:
         log.info("stopped at stop_after_steps=%d of %d steps; raise or drop it to go on", state.step, schedule.steps)
     return 0
-
-
-def _announce(
-    config: TrainConfig, schedule: Schedule, model: M4, store: TokenStore, eval_store: TokenStore, device: torch.device
-) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    kind = f"{config.dtype}, kernels {config.kernels}"
-    log.info("%s: %s parameters on %s, %s", config.run_dir, f"{parameters:,}", device, kind)
-    log.info("data: %s training and %s evaluation samples", f"{len(store):,}", f"{len(eval_store):,}")
-    log.info(
-        "batch: %d samples x %d accumulated = %d samples a step (global_batch_size %d)",
-        config.batch_size,
-        schedule.accumulation,
-        schedule.samples_per_step,
-        config.global_batch_size,
-    )
-    log.info(
-        "recipe: %g M counted tokens at %d a sample: %s samples in %s steps",
-        config.total_tokens,
-        schedule.tokens_per_sample,
-        f"{config.total_samples:,}",
-        f"{schedule.steps:,}",
-    )
-
-
-def _announce_estimate(smoke: SmokeReport, config: TrainConfig, schedule: Schedule, device: torch.device) -> None:
-    seconds = smoke.recipe_seconds(schedule.samples, config.batch_size)
-    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    log.info("smoke test passed; forward and backward take about %.3g s a sample here (%s)", smoke.per_sample, where)
-    log.info("so the whole recipe (%s samples) takes about %s", f"{schedule.samples:,}", duration_text(seconds))
-    if seconds > _DAY and device.type == "cpu":
-        log.warning("that is no run for a CPU. For a run of minutes: python -m m4.train --config M4-tiny.yaml")
-        log.warning("or with this configuration add: %s", _RUN_OF_MINUTES)
 
 
 def _stop_on_non_finite(figures: Figures, model: M4, config: TrainConfig, step: int) -> NoReturn:
