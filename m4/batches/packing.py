@@ -119,11 +119,11 @@ def _exchange(dealt: np.ndarray, shares: np.ndarray) -> bool:
     load = shares[dealt].sum(1)  # (A, 2)
     fullest = int(load.max(1).argmax())
     best, chosen = load[fullest].max() - 1e-4, None  # a token of 10,000: less is not worth another round
-    mine = shares[dealt[fullest]]
+    given = shares[dealt[fullest]]
     for other in range(len(dealt)):
         if other == fullest:
             continue
-        change = shares[dealt[other]][None] - mine[:, None]  # (size, size, 2), what the fullest gains
+        change = shares[dealt[other]][None] - given[:, None]  # (size, size, 2), what the fullest gains
         worse = np.maximum((load[fullest] + change).max(2), (load[other] - change).max(2))
         i, j = np.unravel_index(int(worse.argmin()), worse.shape)
         if worse[i, j] < best:
