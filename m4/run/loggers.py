@@ -25,6 +25,9 @@ class Logger(Protocol):
     def close(self) -> None:
         """Flush and close."""
 
+    def abandon(self) -> None:
+        """It failed: leave it as it is, without waiting for anything."""
+
 
 class TensorBoard:
     """Event files in the run directory."""
@@ -35,8 +38,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is wanted
 
         # The writer's thread hands its error to the next call; without this it would also print a traceback.
-        self._previous, threading.excepthook = threading.excepthook, self._thread_ended
         self._writer = SummaryWriter(str(run_dir), purge_step=resumed_step + 1)
+        self._previous, threading.excepthook = threading.excepthook, self._thread_ended
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -47,7 +50,10 @@ class TensorBoard:
             self._writer.flush()  # raises what `close` would swallow
             self._writer.close()
         finally:
-            threading.excepthook = self._previous
+            self.abandon()
+
+    def abandon(self) -> None:
+        threading.excepthook = self._previous
 
     def _thread_ended(self, arguments: threading.ExceptHookArgs) -> None:
         if not type(arguments.thread).__module__.startswith("tensorboard."):
@@ -78,6 +84,9 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+    def abandon(self) -> None:
+        pass
 
 
 def open_loggers(run_dir: Path, config: TrainConfig, resumed_step: int) -> list[Logger]:
@@ -113,6 +122,7 @@ def write_to_loggers(loggers: list[Logger], step: int, figures: dict[str, float]
             logger.write(step, figures)
         except Exception as error:
             loggers.remove(logger)
+            logger.abandon()
             log.warning(
                 "%s failed at step %d (%s); training goes on without it, metrics.jsonl has every figure",
                 logger.name,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = path.open("ab", buffering=0)  # says how many bytes it took
+        self._file = self._open()
         self._waiting = b""
         self._troubled = False
 
@@ -32,7 +34,7 @@ class MetricsFile:
             self.flush()
         except OSError as error:
             if not self._troubled:
-                log.warning("%s; lines wait in memory until there is room, at the latest for the next save", error)
+                log.warning("%s; lines wait in memory, at the latest until the next save", error)
             self._troubled = True
         else:
             if self._troubled:
@@ -42,11 +44,19 @@ class MetricsFile:
     def flush(self) -> None:
         """Write what waits. Raises OSError naming the file."""
         try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                new = self._open()
+                self._file.close()
+                self._file = new
+                log.warning("%s: was removed while this run wrote to it; a new one begins here", self._path)
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
-            reason = f"cannot be written: {error.strerror}; make room and give the same command again to resume"
+            reason = f"cannot be written: {error.strerror}; mend that and give the same command again to resume"
             raise OSError(error.errno, reason, str(self._path)) from error
+
+    def _open(self) -> io.FileIO:
+        return self._path.open("ab", buffering=0)  # says how many bytes it took
 
     def close(self) -> None:
         """Write what waits, or say how much is lost."""

@@ -123,6 +123,8 @@ def check_memory(config: TrainConfig, schedule: Schedule, spec: MaskingSpec, dev
     there = total_memory(device)
     if sum(amount for _, amount in needed.values()) > there:
         key, (most, amount) = max(needed.items(), key=lambda part: part[1][1])
+        if key == "batch_size" and forward > there:  # one sample has no room either
+            key = "model"
         raise ConfigError(
             f"{key}: too large for the memory here: {most} needs at least {amount / 1e9:,.1f} GB, {device} has "
             f"{there / 1e9:,.1f} GB in all; lower {key}"

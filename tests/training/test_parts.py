@@ -1,7 +1,6 @@
 """One step of training in this process: accumulation, non-finite losses, the smoke test, evaluation."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -84,18 +83,6 @@ def test_recipe_plan():
     assert (schedule.samples_per_step, schedule.steps) == (480, 24415)
     assert sum(schedule.due(25, step) for step in range(schedule.steps + 1)) == 120
     assert sum(schedule.due(1000, step) for step in range(schedule.steps + 1)) == 3
-
-
-def test_non_finite_loss_stops_before_anything_is_spoilt(config):
-    config.lr, config.save_ckpt_freq = 1e30, 0.008
-    with pytest.raises(ValueError, match=r"step \d+: .*(tok_rgb|coords|gradient).*lower lr") as caught:
-        Trainer(config).run("command")
-    assert "newest checkpoint is" in str(caught.value)
-    path, meta = newest_whole(config.run_dir)
-    assert f"step {meta['step'] + 1}:" in str(caught.value)
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(line["loss"]) for line in lines)
-    assert path.name == f"step-{meta['step']:08d}"
 
 
 @pytest.mark.parametrize("setting", [{"dtype": "bf16"}, {"kernels": "reference"}, {"clip_grad": None}])
