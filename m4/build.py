@@ -1,34 +1,25 @@
-"""From a configuration to the objects of a run: device, world, data, masks, model."""
+"""From a configuration to the objects of a run: data, masks, model."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import logging
 from pathlib import Path
 
 import torch
 
 from m4.config import TrainConfig
+from m4.data.sample_set import make_sample_set
 from m4.data.store import TokenStore, open_store
 from m4.errors import ConfigError
-from m4.model import M4, AttentionConfig, ModelConfig
+from m4.model import M4, ModelConfig
 from m4kernels import MaskingSpec
+
+log = logging.getLogger(__name__)
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
     """What `M4` needs to know of a run."""
-    return ModelConfig(
-        modalities=config.modalities,
-        vocab_sizes=config.vocab_sizes,
-        max_seq_lens=config.max_seq_lens,
-        dim=config.model.dim,
-        enc_depth=config.model.enc_depth,
-        dec_depth=config.model.dec_depth,
-        head_dim=config.model.head_dim,
-        mlp_ratio=config.model.mlp_ratio,
-        attention=AttentionConfig(**(config.model.attention or {})),
-        kernels=config.kernels,
-    )
+    return config.model_config()
 
 
 def build_model(config: TrainConfig, device: torch.device) -> M4:
@@ -39,17 +30,11 @@ def build_model(config: TrainConfig, device: torch.device) -> M4:
 
 def masking_spec(config: TrainConfig) -> MaskingSpec:
     """The masking rule of a run."""
-    return MaskingSpec(
-        max_seq_lens=tuple(config.max_seq_lens),
-        input_alphas=tuple(config.input_alphas),
-        target_alphas=tuple(config.target_alphas),
-        input_tokens_range=(config.input_tokens_range[0], config.input_tokens_range[1]),
-        target_tokens_range=(config.target_tokens_range[0], config.target_tokens_range[1]),
-    )
+    return config.masking_spec()
 
 
 def data_root(config: TrainConfig) -> Path:
-    """``data.root``, or the embedded sample set, which a process of its own makes if it is not there yet."""
+    """Where a run trains: ``data.root``, or the embedded sample set, which is made if it is not there yet."""
     if config.data.root is not None:
         root = Path(config.data.root)
         if not root.is_dir():
@@ -59,17 +44,12 @@ def data_root(config: TrainConfig) -> Path:
             )
         return root
     root = Path(config.data.sample_dir)
-    print(
-        f"data.root is null: training on the EMBEDDED SAMPLE SET in {root} (small, synthetic; set data.root to "
-        "train on your own data)",
-        file=sys.stderr,
-        flush=True,
+    log.info(
+        "data.root is null: training on the EMBEDDED SAMPLE SET in %s (small, synthetic; set data.root to train on "
+        "your own data)",
+        root,
     )
-    command = [sys.executable, "-m", "m4.data", "sample", "--out", str(root)]
-    done = subprocess.run(command, stdout=sys.stderr)
-    if done.returncode != 0:
-        raise ConfigError(f"data.sample_dir: {' '.join(command)} ended with status {done.returncode}")
-    return root
+    return make_sample_set(root)
 
 
 def open_split(config: TrainConfig, root: Path, split: str) -> TokenStore:

@@ -37,6 +37,7 @@ __all__ = [
     "load_weights",
     "newest_whole",
     "save_checkpoint",
+    "whole_checkpoint",
     "whole_checkpoints",
 ]
 
@@ -162,6 +163,11 @@ def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     return next(whole_checkpoints(run_dir), None)
 
 
+def whole_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint folder and its meta data. Raises CheckpointError if it is damaged, or none."""
+    return path, _read_meta(path)
+
+
 def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identity: RunIdentity) -> list[str]:
     """Raise `CheckpointError` naming the first setting in which the checkpoint is of another run.
 
@@ -269,9 +275,9 @@ def _flush(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint so that a kill midway leaves a temporary, not a broken checkpoint."""
-    doomed = path.with_name(f".tmp-old-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    outdated = path.with_name(f".tmp-old-{path.name}")
+    path.rename(outdated)
+    shutil.rmtree(outdated)
 
 
 def _step_dir(run_dir: Path, step: int) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from m4.distributed import count_from_environment
 from m4.errors import ConfigError
 
 # Of control groups, version 2 and 1.
@@ -24,6 +25,8 @@ _ALLOCATION = re.compile(
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
+DEVICE_NAMES = "cpu, cuda, cuda:INDEX or auto"
 
 
 def peak_memory(device: torch.device) -> int:
@@ -76,15 +79,28 @@ def enough_memory(remedy: str) -> Iterator[None]:
         raise ConfigError(f"not enough memory: {reason}; {remedy}") from error
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error."""
+def pick_device(name: str, key: str = "device") -> torch.device:
+    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error.
+
+    Raises:
+        ConfigError: naming ``key``, the configuration's or an argument's; the GPU was tried with an allocation.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels are launched on the current device
+    match = DEVICE_NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"{key}: expected {DEVICE_NAMES}, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{key}: {name} is not there ({torch.cuda.device_count()} CUDA devices); use cpu or auto")
+    try:
+        device = torch.device(name)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # kernels are launched on the current device
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {name} cannot be used: {str(error).splitlines()[0]}; use cpu") from error
     return device
 
 
@@ -97,7 +113,7 @@ def default_device() -> torch.device:
     """This process's GPU (``LOCAL_RANK`` under torchrun), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", count_from_environment("LOCAL_RANK", 0) % torch.cuda.device_count())
 
 
 def default_dtype(device: torch.device) -> str:

@@ -15,6 +15,7 @@ from m4.config import TrainConfig
 from m4.data.store import TokenStore
 from m4.device import DTYPES, autocast, total_memory
 from m4.errors import ConfigError
+from m4.modalities import RowLayout
 from m4.model import M4
 from m4.schedule import Schedule
 from m4.training.finite import gradient_that_is_not_finite, loss_that_is_not_finite
@@ -134,19 +135,15 @@ def check_memory(config: TrainConfig, schedule: Schedule, spec: MaskingSpec, dev
 def check_ids(store: TokenStore, rows: np.ndarray, config: TrainConfig) -> None:
     """Raise if a token of these rows is outside the vocabulary of its modality."""
     tokens = store.batch(rows)
-    first = 0
-    for m, (name, length) in enumerate(zip(config.modalities, config.max_seq_lens, strict=True)):
-        ids = tokens[:, first : first + length]
+    for m, (name, span) in enumerate(zip(config.modalities, RowLayout.of(config).spans, strict=True)):
+        ids = tokens[:, span]
         wrong = (ids < 0) | (ids >= config.vocab_sizes[m])
-        if store.lengths is not None:
-            wrong &= torch.arange(length) < torch.from_numpy(np.asarray(store.lengths[rows, m]))[:, None]
         if wrong.any():
             row, position = (int(i) for i in wrong.nonzero()[0])
             raise ValueError(
                 f"training row {int(rows[row])}, {name} position {position}: expected an id below "
                 f"{config.vocab_sizes[m]} (vocab_sizes), got {int(ids[row, position])}"
             )
-        first += length
 
 
 def check_targets(
@@ -163,8 +160,7 @@ def check_targets(
             return
     row = int(rows[int((~has_target).nonzero()[0])])
     raise ValueError(
-        f"training row {row} gets no target token in {_DRAWS} draws: check target_alphas, target_tokens_range, "
-        "and the row's lengths"
+        f"training row {row} gets no target token in {_DRAWS} draws: check target_alphas and target_tokens_range"
     )
 
 

@@ -22,7 +22,7 @@ from m4.data.layout import SPLITS
 from m4.data.penn_action import Video, list_videos, open_video
 from m4.data.preparation.assemble import VIDEOS, assemble, load_video, locked, pack_video, video_path
 from m4.data.preparation.options import SPLIT_OPTIONS, PrepareOptions
-from m4.data.preparation.tokenize_video import shared_captioner, shared_tokenizer, tokenise_video
+from m4.data.preparation.tokenize_video import shared_captioner, shared_tokenizer, tokenize_video
 from m4.data.split import FRACTIONS
 from m4.data.workers import for_each
 from m4.errors import DataError, data_error
@@ -80,8 +80,8 @@ def prepare(
     done = writable_folder(writable_folder(out) / VIDEOS)
     _claim(out, options, identity)
     write_atomically(done / _LIST, json.dumps(names).encode())
-    mine = [name for name in names[index::count] if not _is_done(source, done, name)]
-    for_each("prepare", partial(_do_video, source, done, options), mine, workers, progress)
+    pending = [name for name in names[index::count] if not _is_done(source, done, name)]
+    for_each("prepare", partial(_do_video, source, done, options), pending, workers, progress)
     return _finish(out, source, names, FRACTIONS)
 
 
@@ -115,7 +115,7 @@ def merge(
     return _finish(out, out, names, fractions)
 
 
-def _finish(out: Path, where: Path, names: list[str], fractions: Sequence[float]) -> Summary:
+def _finish(out: Path, source: Path, names: list[str], fractions: Sequence[float]) -> Summary:
     """Lay out the samples, if every video is done."""
     done = out / VIDEOS
     with locked(done):
@@ -124,7 +124,7 @@ def _finish(out: Path, where: Path, names: list[str], fractions: Sequence[float]
         if len(bad) == len(names):
             name, reason = next(iter(bad.items()))
             raise data_error(
-                where,
+                source,
                 expected="at least one usable video",
                 actual=f"{len(bad)} of {len(bad)} bad, the first being {name}: {reason}",
                 remedy="Mend the videos and run this again.",
@@ -143,12 +143,12 @@ def _claim(out: Path, options: PrepareOptions, tokenizer: dict) -> None:
     path = out / VIDEOS / _CLAIM
     claim = {"options": options.record(), "tokenizer": tokenizer}
     if not path.exists():
-        strangers = [name for name in (*SPLITS, "meta.json") if (out / name).exists()]
-        if strangers:
+        foreign = [name for name in (*SPLITS, "meta.json") if (out / name).exists()]
+        if foreign:
             raise data_error(
                 out,
                 expected="an empty folder",
-                actual=f"{', '.join(strangers)} of other data",
+                actual=f"{', '.join(foreign)} of other data",
                 remedy="Choose another --out.",
             )
     else:
@@ -210,7 +210,7 @@ def _do_video(source: Path, done: Path, options: PrepareOptions, name: str) -> N
     try:
         video = open_video(source, name)
         stamp = _stamp(source, video)
-        arrays = tokenise_video(video, options)
+        arrays = tokenize_video(video, options)
     except DataError as error:
         path.unlink(missing_ok=True)
         write_atomically(bad, str(error).encode())
