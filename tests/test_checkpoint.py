@@ -143,7 +143,7 @@ def test_stale_temporaries_are_cleaned(saved, config):
         (["model.dim=32"], ["model.dim is 16", "32"]),
         (["seed=1"], ["seed is 0", "1"]),
         (["modalities=[a,b,c,d]"], ["modalities", "tok_rgb", "'a'"]),
-        (["seed=1", "model.dim=32", "lr=0.001"], ["(and 1 more: model.dim)", "seed"]),
+        (["model.dim=32", "seed=1", "lr=0.001"], ["(and 1 more: seed)", "model.dim"]),
     ],
 )
 def test_checkpoint_of_another_config(saved, tiny_config, overrides, said):
