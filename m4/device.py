@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import resource
 import sys
@@ -12,11 +11,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from m4.distributed import count_from_environment
 from m4.errors import ConfigError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
 DEVICE_NAMES = "cpu, cuda, cuda:INDEX or auto"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def peak_memory(device: torch.device) -> int:
@@ -80,7 +80,7 @@ def default_device() -> torch.device:
     """This process's GPU (``LOCAL_RANK`` under torchrun), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", count_from_environment("LOCAL_RANK", 0) % torch.cuda.device_count())
 
 
 def default_dtype(device: torch.device) -> str:

@@ -19,7 +19,8 @@ ROOMS = [
     ["m4kernels"],
     ["m4"],  # the package itself, which imports nothing
     ["m4.errors"],
-    ["m4.files", "m4.modalities", "m4.device", "m4.distributed", "m4.pictures"],
+    ["m4.config_values", "m4.distributed", "m4.schedule"],
+    ["m4.config_yaml", "m4.files", "m4.modalities", "m4.device", "m4.pictures"],
     ["m4.data"],
     ["m4.data.synthetic"],
     ["m4.data.preparation"],
@@ -27,7 +28,7 @@ ROOMS = [
     ["m4.model"],
     ["m4.compat"],
     ["m4.config"],
-    ["m4.schedule", "m4.checkpoint", "m4.build"],
+    ["m4.checkpoint", "m4.build"],
     ["m4.batches", "m4.run"],
     ["m4.cli", "m4.arguments", "m4.saved_run"],
     ["m4.generation"],
