@@ -1,9 +1,11 @@
 """Fixtures for all tests."""
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +36,20 @@ def shared_dir() -> Path:
     if not shared.is_dir():
         pytest.skip(f"real data not at hand: {shared} does not exist")
     return shared
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module, with setuptools.setup switched off."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("m4_setup", REPOSITORY / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
