@@ -26,7 +26,6 @@ ROOMS = [
     ["m4.data.preparation"],
     ["m4.data.inspection", "m4.data.sample_set"],
     ["m4.model"],
-    ["m4.config_values"],
     ["m4.compat"],
     ["m4.config"],
     ["m4.checkpoint", "m4.build"],
