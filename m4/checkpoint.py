@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "RunIdentity",
     "check_same_run",
+    "checkpoint_meta",
     "clean_temporaries",
     "load_checkpoint",
     "load_nano4m",
@@ -37,7 +38,6 @@ __all__ = [
     "load_weights",
     "newest_whole",
     "save_checkpoint",
-    "whole_checkpoint",
     "whole_checkpoints",
 ]
 
@@ -163,9 +163,9 @@ def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     return next(whole_checkpoints(run_dir), None)
 
 
-def whole_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint folder and its meta data. Raises CheckpointError if it is damaged, or none."""
-    return path, _read_meta(path)
+def checkpoint_meta(path: Path) -> dict[str, Any]:
+    """Meta data of a checkpoint folder. Raises CheckpointError if it is damaged, or none."""
+    return _read_meta(path)
 
 
 def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identity: RunIdentity) -> list[str]:

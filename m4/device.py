@@ -67,15 +67,22 @@ def total_memory(device: torch.device) -> int:
     return total
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)) is not None
+
+
 @contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
     """Raise ConfigError with the remedy where the block runs out of memory, on the host or on a GPU."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _ALLOCATION.search(reason):
+        if not out_of_memory(error):
             raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"not enough memory: {reason}; {remedy}") from error
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import sys
 from pathlib import Path
 
+from m4.arguments import CommandParser
 from m4.cli import run_command
 from m4.config import load_config
 from m4.run.directory import check_not_moved
@@ -17,7 +17,7 @@ log = logging.getLogger("m4.train")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m m4.train", description="Train M4, or resume where it stopped.")
+    parser = CommandParser(prog="python -m m4.train", description="Train M4, or resume where it stopped.")
     parser.add_argument("--config", required=True, type=Path, help="YAML file: flat, or nested as nano4M's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example lr=0.001 model.dim=128")
     arguments = parser.parse_intermixed_args()
