@@ -47,7 +47,7 @@ MODEL_FILE, STATE_FILE, META_FILE = "model.safetensors", "state.pt", "meta.json"
 FORMAT = 1
 
 # What may change between a checkpoint and the run that resumes it. Everything else makes it another run: data, masks,
-# model, samples of a step, seed, length and decay. README.md says so too.
+# model, samples of a step, seed, length and decay. docs/contracts.md says so too.
 FREE_KEYS = {
     "run_name",
     "output_dir",
