@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import m4.evaluate
@@ -194,8 +195,9 @@ def test_plots_of_a_damaged_evaluation(call, no_work, saved_run, text):
 def test_plots_shows_the_unigrams_of_the_evaluation_split(call, saved_run, monkeypatch):
     shown = {}
     monkeypatch.setattr("m4.plots.loss_curves", lambda train, evaluations, unigram: shown.update(unigram) or _figure())
-    config = (saved_run / "config.yaml").read_text()
-    (saved_run / "config.yaml").write_text(config.replace("eval_split: eval", "eval_split: test"))
+    config = yaml.safe_load((saved_run / "config.yaml").read_text())
+    config["data"]["eval_split"] = "test"
+    (saved_run / "config.yaml").write_text(yaml.safe_dump(config))
     for split, value in (("eval", 1.0), ("test", 2.0)):
         unigram = {"coords": {"cross_entropy": value}, "tok_rgb": {"cross_entropy": None}}
         (saved_run / f"evaluation-{split}.json").write_text(json.dumps({"unigram": unigram}))
