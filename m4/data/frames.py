@@ -25,7 +25,7 @@ from m4.errors import DataError, data_error
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 BAD_FILE = "Fetch this file again, or leave the video out."
 
-# Told by content, whatever the ending says; JPEG includes MPO. Pillow's other readers are left out: some of them run programs.
+# Told by content, whatever the ending says; JPEG includes MPO. Pillow's other readers are left out: some run programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 # What Pillow raises on damaged files (found by cutting and flipping bytes of JPEG, PNG, GIF, TIFF and WebP files).
 _DECODE_ERRORS = (

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK = ".lock"  # of an output folder, in it
 _log = logging.getLogger(__name__)
 
 

@@ -1,0 +1,57 @@
+"""Arguments that several of the data commands share, checked before any work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from m4.errors import data_error
+
+MAX_NAME = 200  # bytes of a video's name: with endings, that of a temporary file must stay below 255
+
+
+def check_whole(name: str, value: object, least: int, most: int) -> None:
+    """Raises DataError unless ``value`` is a whole number in [least, most]."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise data_error(name, expected=f"a whole number, {least} to {most}", actual=repr(value), remedy="Correct it.")
+
+
+def check_seed(seed: object) -> None:
+    """Raises DataError unless ``seed`` is a whole number of at most 64 bits that is not negative."""
+    check_whole("seed", seed, 0, 2**64 - 1)
+
+
+def check_workers(workers: object) -> None:
+    """Raises DataError for no worker, or for so many that starting them would bring the machine down."""
+    check_whole("workers", workers, 1, max(64, 4 * (os.cpu_count() or 1)))
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raises DataError where the output is the input or lies inside it, and would be taken for a part of it."""
+    inner, outer = out.expanduser().resolve(), source.expanduser().resolve()
+    if inner == outer or outer in inner.parents:
+        raise data_error(
+            out,
+            expected=f"an output folder outside of the input, {source}",
+            actual="the input itself" if inner == outer else "one inside",
+            remedy="Choose another --out.",
+        )
+
+
+def printable(name: str) -> str:
+    """A file name on one line of any terminal: what cannot be printed as it is, is escaped."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def check_name(name: str) -> None:
+    """Raises DataError for a video that cannot be listed in pairs.csv, or whose files could not be named."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise data_error(
+            printable(name), expected="a video with a name in UTF-8", actual="other bytes", remedy="Rename it."
+        ) from None
+    if length > MAX_NAME:
+        raise data_error(
+            printable(name), expected=f"a name of at most {MAX_NAME} bytes", actual=length, remedy="Rename the video."
+        )
