@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.data.arguments import check_seed
+from m4.data.checks import check_seed
 from m4.data.layout import SPLITS, UNFINISHED, read_meta, token_file
 from m4.data.locking import LOCK, locked
 from m4.errors import data_error

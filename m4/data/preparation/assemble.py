@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.data.arguments import MAX_NAME
+from m4.data.checks import MAX_NAME
 from m4.data.layout import BINS, FORMAT, SHAPES, SPLITS, UNFINISHED, content_digest, read_meta
 from m4.data.split import FRACTIONS, divide
 from m4.errors import data_error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from m4.data.arguments import check_seed
+from m4.data.checks import check_seed
 from m4.data.framing import FRAMINGS
 from m4.data.preparation.captions import BLIP, CAPTIONS
 from m4.data.preparation.pairs import SSIM_THRESHOLD

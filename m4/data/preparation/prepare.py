@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from m4.data.arguments import check_apart, check_name, check_workers, printable
+from m4.data.checks import check_apart, check_name, check_workers, printable
 from m4.data.layout import SPLITS
 from m4.data.locking import LOCK, locked
 from m4.data.penn_action import list_videos, open_video

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.data.arguments import check_apart, check_name, check_seed, check_whole, check_workers
+from m4.data.checks import check_apart, check_name, check_seed, check_whole, check_workers
 from m4.data.frames import frame_names, natural_key
 from m4.data.locking import LOCK, locked
 from m4.data.penn_action import read_label, write_label
