@@ -10,10 +10,13 @@ from m4.errors import data_error
 MAX_NAME = 200  # bytes of a video's name: with endings, that of a temporary file must stay below 255
 
 
-def check_whole(name: str, value: object, least: int, most: int) -> None:
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raises DataError unless ``value`` is a whole number in [least, most]."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise data_error(name, expected=f"a whole number, {least} to {most}", actual=repr(value), remedy="Correct it.")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        span = f"at least {least}" + ("" if most is None else f" and at most {most}")
+        kind = "" if whole else ", a whole number"
+        raise data_error(name, expected=f"{span}{kind}", actual=repr(value), remedy="Correct it.")
 
 
 def check_seed(seed: object) -> None:
