@@ -1,8 +1,22 @@
 # Everything that a fresh clone needs: `make demo` and `make test` set up their own virtual environment in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
 RUN_NAME ?= demo
+
+# A word for the shell, whatever it holds.
+quoted = '$(subst ','\'',$(1))'
+# A variable as it was given: a $ in the environment's stays one. Set but empty counts as not set.
+given = $(if $(filter environment,$(origin $(1))),$(value $(1)),$($(1)))
+python := $(or $(strip $(call given,PYTHON)),python3)
+venv := $(or $(call given,VENV),.venv)
+run_name := $(or $(call given,RUN_NAME),demo)
+# $(PYTHON) is a program, or a command such as "arch -arm64 python3".
+BASE_PYTHON := $(if $(shell command -v $(call quoted,$(python))),$(call quoted,$(python)),$(python))
+# Tools run as modules of it: the scripts in bin/ do not start from folders with some names.
+PY := $(call quoted,$(venv)/bin/python)
+STAMP := $(call quoted,$(venv)/.installed)
+CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format; clang_format()'
+CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format types bench gpu gpu-dry-run sanitize compile-gates clean
@@ -18,59 +32,57 @@ help:
 	@echo "make format    format Python and C++"
 	@echo "make clean     remove build products (keeps .venv, data/ and runs/)"
 
-# The stamp is renewed when the sources of the extension or the pinned versions change.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
-
-setup: $(VENV)/.installed
+setup:
+	@sh .ci/setup $(call quoted,$(venv)) $(BASE_PYTHON)
 
 demo: setup
-	$(BIN)/python -m m4.train --config M4-tiny.yaml run_name=$(RUN_NAME)
-	$(BIN)/python -m m4.evaluate --run runs/$(RUN_NAME)
-	$(BIN)/python -m m4.plots --run runs/$(RUN_NAME)
-	$(BIN)/python -m m4.generate --run runs/$(RUN_NAME) --out runs/$(RUN_NAME)/prediction.png
+	$(PY) -m m4.train --config M4-tiny.yaml $(call quoted,run_name=$(run_name))
+	$(PY) -m m4.evaluate --run $(call quoted,runs/$(run_name))
+	$(PY) -m m4.plots --run $(call quoted,runs/$(run_name))
+	$(PY) -m m4.generate --run $(call quoted,runs/$(run_name)) --out $(call quoted,runs/$(run_name)/prediction.png)
 
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(PY) -m pytest
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	@git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@$(CPP_FILES) | xargs -0 $(CLANG_FORMAT) --dry-run --Werror
 
 types: setup
-	$(BIN)/mypy
+	$(PY) -m mypy
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks/
+	$(PY) -m pytest benchmarks/
 
 # With the system's Python: a machine with a GPU has torch, triton, pybind11 and ninja, and perhaps no network.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(BASE_PYTHON) -m benchmarks.gpu
 
 gpu-dry-run: setup
-	$(BIN)/python -m benchmarks.gpu --dry-run
+	$(PY) -m benchmarks.gpu --dry-run
 
-# The extension instrumented by AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the normal one.
+# The extension instrumented by AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the normal one, which
+# `python -m pytest` would import first.
 SANITIZED := build/sanitized
 sanitize: setup
-	M4KERNELS_SANITIZE=address,undefined M4KERNELS_CUDA=0 $(BIN)/python setup.py --quiet build \
+	M4KERNELS_SANITIZE=address,undefined M4KERNELS_CUDA=0 $(PY) setup.py --quiet build \
 		--build-lib $(SANITIZED) --build-temp build/sanitized-temp
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	if command -v "$${CXX:-c++}" >/dev/null; then set -- "$${CXX:-c++}"; else eval "set -- $$CXX"; fi; \
+	LD_PRELOAD="$$("$$@" -print-file-name=libasan.so) $$("$$@" -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-		$(BIN)/pytest -p no:cacheprovider -o pythonpath=$(SANITIZED) -o timeout=1800 tests/ops -k "not compile and not opcheck and not report and not aot"
+		$(PY) -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+		-p no:cacheprovider -o pythonpath=$(SANITIZED) -o timeout=1800 tests/ops \
+		-k "not compile and not opcheck and not report and not aot"
 
 compile-gates: setup
-	env -u TRITON_INTERPRET $(BIN)/python -m m4kernels.aot
+	env -u TRITON_INTERPRET $(PY) -m m4kernels.aot
 
 format: setup
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format -i
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CPP_FILES) | xargs -0 $(CLANG_FORMAT) -i
 
 clean:
 	rm -rf build dist *.egg-info m4kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache
-	rm -f $(VENV)/.installed
+	rm -f $(STAMP)

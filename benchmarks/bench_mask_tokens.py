@@ -11,8 +11,8 @@ from benchmarks.measure import Run, Work
 from benchmarks.peers.mask_nano4m import MaskNano4M
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
+from m4kernels.cases import M4_MASKING as M4
 
-M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
 # A tenth of the tokens in use: what is not chosen should cost little.
 SPARSE = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (20, 40), (10, 40))
 RULE = "nano4M's rule"

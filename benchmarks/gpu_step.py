@@ -45,7 +45,7 @@ def recipe(batch_size: int, micro_batches: int, model: ModelSection | None = Non
         run_name="benchmark",
     )
     tokens = np.random.default_rng(0).integers(0, 64_000, (SAMPLES, sum(config.max_seq_lens)), dtype=np.uint16)
-    return Recipe(config, TokenStore(tokens=tokens, lengths=None, fingerprint="", pids=()))
+    return Recipe(config, TokenStore(tokens=tokens, fingerprint="", pids=()))
 
 
 def work(inputs: Recipe) -> Work:

@@ -5,6 +5,7 @@
 
 PYBIND11_MODULE(_C, m) {
     m.attr("version") = M4K_EXPAND(M4K_VERSION);
+    m.attr("sources") = M4K_EXPAND(M4K_SOURCES);  // their digest, as m4kernels/_sources.py makes it
     m.attr("has_cuda") = bool(M4K_CUDA);
     m.attr("cuda_version") = M4K_EXPAND(M4K_CUDA_VERSION);  // of the toolkit: "13.0", or ""
     m.attr("cuda_archs") = M4K_EXPAND(M4K_CUDA_ARCHS);      // "80;90"; the last is there as PTX, too

@@ -11,24 +11,13 @@ import torch
 from m4.config import TrainConfig
 from m4.data.store import TokenStore, open_store
 from m4.errors import ConfigError
-from m4.model import M4, AttentionConfig, ModelConfig
+from m4.model import M4, ModelConfig
 from m4kernels import MaskingSpec
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
     """What `M4` needs to know of a run."""
-    return ModelConfig(
-        modalities=config.modalities,
-        vocab_sizes=config.vocab_sizes,
-        max_seq_lens=config.max_seq_lens,
-        dim=config.model.dim,
-        enc_depth=config.model.enc_depth,
-        dec_depth=config.model.dec_depth,
-        head_dim=config.model.head_dim,
-        mlp_ratio=config.model.mlp_ratio,
-        attention=AttentionConfig(**(config.model.attention or {})),
-        kernels=config.kernels,
-    )
+    return config.model_config()
 
 
 def build_model(config: TrainConfig, device: torch.device) -> M4:
@@ -39,13 +28,7 @@ def build_model(config: TrainConfig, device: torch.device) -> M4:
 
 def masking_spec(config: TrainConfig) -> MaskingSpec:
     """The masking rule of a run."""
-    return MaskingSpec(
-        max_seq_lens=tuple(config.max_seq_lens),
-        input_alphas=tuple(config.input_alphas),
-        target_alphas=tuple(config.target_alphas),
-        input_tokens_range=(config.input_tokens_range[0], config.input_tokens_range[1]),
-        target_tokens_range=(config.target_tokens_range[0], config.target_tokens_range[1]),
-    )
+    return config.masking_spec()
 
 
 def data_root(config: TrainConfig) -> Path:

@@ -240,9 +240,9 @@ def _flush(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint so that a kill midway leaves a temporary, not a broken checkpoint."""
-    doomed = path.with_name(f".tmp-old-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    outdated = path.with_name(f".tmp-old-{path.name}")
+    path.rename(outdated)
+    shutil.rmtree(outdated)
 
 
 def _step_dir(run_dir: Path, step: int) -> Path:

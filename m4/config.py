@@ -1,36 +1,85 @@
-"""The run's configuration: names, defaults, overrides and every check that needs no data and no model."""
+"""The run's configuration: names, defaults, and what has to hold before any work is done.
+
+`m4.config_yaml` reads and merges, `m4.config_values` says how a value is read by the type of its key. The rules of the
+model, of the masks and of the schedule are those of the classes that are built from it here; only what belongs to none
+of them is checked in this file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import functools
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import yaml
-from yaml import YAMLError
+from typing import Any, TypeVar, get_type_hints
 
 from m4.compat import nano4m_config
+from m4.config_values import (
+    Duration,
+    Patterns,
+    describe,
+    format_duration,
+    is_scalar,
+    parse_duration,
+    read_value,
+    shortened,
+    shown,
+)
+from m4.config_yaml import read_tree, to_yaml
+from m4.device import DEVICE_NAME, DEVICE_NAMES, DTYPES
 from m4.errors import ConfigError
+from m4.model.config import AttentionConfig, ModelConfig
+from m4.schedule import FLOAT32, ONE_TOKEN, LearningRate, Schedule, total_samples
+from m4kernels import MaskingSpec
 
-if TYPE_CHECKING:  # imported where files are parsed: training on a machine that lacks omegaconf needs only the classes
-    from omegaconf import DictConfig
-    from omegaconf.errors import OmegaConfBaseException
+__all__ = [
+    "ConfigError",
+    "DataSection",
+    "LogSection",
+    "ModelSection",
+    "TrainConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "config_to_yaml",
+    "format_duration",
+    "load_config",
+    "parse_duration",
+]
+
+_REFERENCE_TIME = Duration("14:34:45")  # of the M4 recipe on 4 × V100
+_MOST_IDS = 65536  # of a modality: tokens are stored in 16 bits
+_NAME_BYTES = 255  # what file systems allow a folder's name
+
+# What null stands for, for the keys that may be null.
+_NULL_MEANS = {
+    "clip_grad": "no clipping",
+    "training_time": "no comparison",
+    "eval_samples": "all of the split",
+    "stop_after_steps": "train to the end",
+    "model.attention": "full attention",
+    "data.root": "the sample set",
+    "data.cache_dir": "next to the data",
+    "log.wandb_entity": "your own",
+    "log.wandb_run_name": "run_name",
+}
+
+_Built = TypeVar("_Built")
 
 
 @dataclass
 class ModelSection:
-    """Size of the model; what it reads and predicts is at the top level."""
+    """Size of the model, see `m4.model.config.ModelConfig`; what it reads and predicts is at the top level."""
 
-    dim: int = 640
-    enc_depth: int = 8
-    dec_depth: int = 8
-    head_dim: int = 64
-    mlp_ratio: float = 4.0
-    attention: Any = None  # {encoder, decoder, cross: full | within_modality | [[…]]}; null is full everywhere
+    dim: int = ModelConfig.dim
+    enc_depth: int = ModelConfig.enc_depth
+    dec_depth: int = ModelConfig.dec_depth
+    head_dim: int = ModelConfig.head_dim
+    mlp_ratio: float = ModelConfig.mlp_ratio
+    attention: Patterns | None = None  # {encoder, decoder, cross: full | within_modality | [[…]]}; null: full
 
 
 @dataclass
@@ -58,7 +107,11 @@ class LogSection:
 
 @dataclass
 class TrainConfig:
-    """One training run. The defaults are those of ``M4-config.yaml``; tokens are in millions of counted tokens."""
+    """One training run. The defaults are those of ``M4-config.yaml``; tokens are in millions of counted tokens.
+
+    Raises:
+        ConfigError: naming the first key whose value cannot be run, the value, and what is expected.
+    """
 
     modalities: list[str] = field(default_factory=lambda: ["tok_rgb", "coords", "tok_rgb_next", "coords_next"])
     vocab_sizes: list[int] = field(default_factory=lambda: [65536, 65536, 65536, 65536])
@@ -78,7 +131,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     clip_grad: float | None = 1.0
     dtype: str = "fp32"
-    training_time: Any = "14:34:45"  # reference wall clock, for comparison only
+    training_time: Duration | None = _REFERENCE_TIME  # reference wall clock, for comparison only
 
     eval_freq: float = 25.0
     eval_samples: int | None = 512  # the first rows of the evaluation split; null: all of it
@@ -97,21 +150,43 @@ class TrainConfig:
     device: str = "auto"
     compile: bool = False
     cuda_graphs: str = "auto"  # auto, on, off: capture the step on a GPU
-    kernels: str = "auto"
+    kernels: str = ModelConfig.kernels
+
+    def __post_init__(self) -> None:
+        for key, kind in _schema().items():
+            section, _, name = key.rpartition(".")
+            place = getattr(self, section) if section else self
+            if section and not isinstance(place, _sections()[section]):
+                raise ConfigError(_unknown_key(section, place))
+            setattr(place, name, _read(key, kind, getattr(place, name)))
+        _check(self)
 
     @property
     def run_dir(self) -> Path:
+        """Folder of the run. Raises ConfigError: run_name is not the name of a folder in output_dir."""
+        _check_run_name(self.run_name)
         return Path(self.output_dir) / self.run_name
 
     @property
     def total_samples(self) -> int:
         """Samples that make up ``total_tokens``."""
-        return math.ceil(self.total_tokens * 1e6 / self.num_tokens_per_sample)
+        return total_samples(self)
 
     @property
     def training_seconds(self) -> int | None:
         """``training_time`` in seconds."""
         return None if self.training_time is None else parse_duration(self.training_time)
+
+    def model_config(self) -> ModelConfig:
+        """What `m4.model.M4` needs to know of a run. Raises ValueError, which begins with the name of what is wrong."""
+        section = {leaf.name: getattr(self.model, leaf.name) for leaf in dataclasses.fields(self.model)}
+        section["attention"] = AttentionConfig.of(self.model.attention)
+        return ModelConfig(self.modalities, self.vocab_sizes, self.max_seq_lens, kernels=self.kernels, **section)
+
+    def masking_spec(self) -> MaskingSpec:
+        """The masking rule of a run. Raises ValueError, which begins with the name of what is wrong."""
+        lists = {name: tuple(getattr(self, name)) for name in (leaf.name for leaf in dataclasses.fields(MaskingSpec))}
+        return MaskingSpec(**lists)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[TrainConfig, list[str]]:
@@ -122,64 +197,31 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
     Raises:
         ConfigError: naming the key, its value, and what is expected or the nearest known key.
     """
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
+    path, overrides = Path(path), overrides or []
+    tree, overridden = read_tree(path, overrides, _is_scalar)
     try:
-        raw = OmegaConf.load(path)
-        if not isinstance(raw, DictConfig):
-            raise ConfigError(f"{path}: expected keys with values at the top level, got {type(raw).__name__}")
-        merged: Any = raw
-        overridden: set[str] = set()
-        for text in overrides or []:
-            override = _parse_override(text)
-            overridden.update(_leaves(_plain(override)))
-            try:
-                merged = OmegaConf.merge(merged, override)
-            except TypeError:  # a list for a section, or the reverse
-                raise ConfigError(f"{text}: the value does not fit what {text.partition('=')[0]} holds") from None
-        tree = _plain(merged)
-    except YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file ({error})") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_key_of(error)}{str(error).splitlines()[0]}") from None
-    try:
-        flat, notes = nano4m_config.translate(tree, overridden)
+        flat, notes = nano4m_config.translate(tree, overridden, lambda key, value: read_value(_schema()[key], value))
     except nano4m_config.TranslationError as error:
         raise ConfigError(f"{path}: {error}") from None
-    config = config_from_dict(flat)
-    if config.run_name == "auto":
-        config.run_name = path.parent.name if path.name == "config.yaml" else path.stem
-    return config, notes
+    notes += _given_twice(overrides)
+    if flat.get("run_name", "auto") == "auto":
+        flat["run_name"] = _name_of(path)
+    return config_from_dict(flat), notes
 
 
 def config_from_dict(tree: dict[str, Any]) -> TrainConfig:
     """A checked configuration from a nested dict of our own keys; see `load_config` for the errors."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    structured = OmegaConf.structured(TrainConfig)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"expected a configuration with keys, got {shown(tree)}")
+    values: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _sections()}
     for key, value in _leaves(tree).items():
-        expected = _schema().get(key)
-        if expected is None:
+        if key not in _schema():
             raise ConfigError(_unknown_key(key, value))
-        try:
-            OmegaConf.update(structured, key, value)
-        except OmegaConfBaseException:
-            raise ConfigError(f"{key}: expected {_describe(expected)}, got {value!r}") from None
-    config = OmegaConf.to_object(structured)
-    assert isinstance(config, TrainConfig)
-    if config.training_time is not None:
-        config.training_time = format_duration(parse_duration(config.training_time))
-    # YAML 1.1 reads on and off as true and false.
-    config.cuda_graphs = {"True": "on", "False": "off"}.get(config.cuda_graphs, config.cuda_graphs)
-    _check(config)
-    return config
+        section, _, name = key.rpartition(".")
+        # Read before the sections are made, so that a value is named by its whole key.
+        (sections[section] if section else values)[name] = _read(key, _schema()[key], value)
+    return TrainConfig(**values, **{name: _sections()[name](**inside) for name, inside in sections.items()})
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -189,99 +231,102 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def config_to_yaml(config: TrainConfig) -> str:
     """YAML text of all keys, resolved; loading it gives the same configuration."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    return to_yaml(config_to_dict(config))
 
 
-def parse_duration(value: Any) -> int:
-    """Seconds of ``'14:34:45'`` or of a number of seconds (what YAML 1.1 makes of an unquoted 14:34:45)."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+):([0-5]?\d):([0-5]?\d)", value.strip())
-        if match:
-            hours, minutes, seconds = (int(part) for part in match.groups())
-            return hours * 3600 + minutes * 60 + seconds
-        if value.strip().isdigit():
-            value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"training_time: expected hours:minutes:seconds or a number of seconds, got {value!r}")
-    return round(value)
-
-
-def format_duration(seconds: float) -> str:
-    """``H:MM:SS``."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-
-
-def _parse_override(text: str) -> DictConfig:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    key, equals, _ = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-        raise ConfigError(f"{text}: expected an override of the form key=value, for example lr=0.001")
+def _read(key: str, kind: Any, value: Any) -> Any:
+    """The value as the key's type says."""
+    if isinstance(value, str) and not value:
+        instead = f"null means {_NULL_MEANS[key]}" if key in _NULL_MEANS else f"expected {describe(kind)}"
+        raise ConfigError(f"{key} is empty; {instead}")
     try:
-        return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{text}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _plain(tree: DictConfig) -> dict[str, Any]:
-    """Nested dicts and lists, with interpolations resolved."""
-    from omegaconf import OmegaConf
-
-    plain: Any = OmegaConf.to_container(tree, resolve=True)
-    return plain
+        return read_value(kind, value)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _leaves(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key → value, descending only into our sections (or, for unknown keys, all the way)."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and value and dotted not in _schema():
-            found.update(_leaves(value, f"{dotted}."))
-        else:
-            found[dotted] = value
+        inside = isinstance(value, dict) and value and dotted not in _schema()
+        for name, leaf in (_leaves(value, f"{dotted}.") if inside else {dotted: value}).items():
+            if name in found:
+                raise ConfigError(f"{name}: given twice")
+            found[name] = leaf
     return found
 
 
-def _schema() -> dict[str, str]:
-    """Dotted key → annotated type, of every leaf."""
-    leaves: dict[str, str] = {}
-    for top in dataclasses.fields(TrainConfig):
-        if isinstance(top.default_factory, type) and dataclasses.is_dataclass(top.default_factory):
-            inside = dataclasses.fields(top.default_factory)
-            leaves.update({f"{top.name}.{leaf.name}": str(leaf.type) for leaf in inside})
+@functools.cache
+def _schema() -> dict[str, Any]:
+    """Dotted key → type, of every leaf."""
+    leaves: dict[str, Any] = {}
+    for name, kind in get_type_hints(TrainConfig).items():
+        if name in _sections():
+            leaves.update({f"{name}.{inner}": inner_kind for inner, inner_kind in get_type_hints(kind).items()})
         else:
-            leaves[top.name] = str(top.type)
+            leaves[name] = kind
     return leaves
 
 
-def _describe(annotation: str) -> str:
-    words = {"int": "an integer", "float": "a number", "str": "a text", "bool": "true or false"}
-    words |= {
-        f"list[{name}]": f"a list of {plural}"
-        for name, plural in (("int", "integers"), ("float", "numbers"), ("str", "names"))
-    }
-    base = annotation.removesuffix(" | None")
-    return words.get(base, base) + (" or null" if base != annotation else "")
+@functools.cache
+def _sections() -> dict[str, Any]:
+    """Name → class, of every section."""
+    return {name: kind for name, kind in get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
+
+
+def _is_scalar(key: str) -> bool:
+    """Whether a key, ours or one that nano4M maps to ours, holds one word."""
+    kind = _schema().get(nano4m_config.our_key(key))
+    return kind is not None and is_scalar(kind)
 
 
 def _unknown_key(key: str, value: Any) -> str:
     known = list(_schema()) + nano4m_config.KNOWN_KEYS
-    sections = {name.split(".")[0] for name in _schema() if "." in name}
-    if key in sections:
+    if key in _sections():
         inside = ", ".join(name.split(".")[1] for name in _schema() if name.startswith(f"{key}."))
-        return f"{key}: expected a section with the keys {inside}, got {value!r}"
+        return f"{key}: expected a section with the keys {inside}, got {shown(value)}"
     # A key on the wrong level (dim for model.dim) is as likely as a slip of the pen.
     nearest = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    return f"{key}: unknown key (value {value!r}); the nearest known key is {nearest[0]}"
+    return f"{shortened(key)}: unknown key (value {shown(value)}); the nearest known key is {nearest[0]}"
 
 
-def _key_of(error: OmegaConfBaseException) -> str:
-    key = getattr(error, "full_key", None)
-    return f"{key}: " if key else ""
+def _given_twice(overrides: list[str]) -> list[str]:
+    keys = [text.partition("=")[0] for text in overrides]
+    return [
+        f"{key}: given {keys.count(key)} times on the command line; the last one counts"
+        for key in dict.fromkeys(keys)
+        if keys.count(key) > 1
+    ]
+
+
+def _name_of(path: Path) -> str:
+    """The run's name when none is given: that of the file, or of the folder of a saved ``config.yaml``."""
+    path = Path(os.path.abspath(path))
+    name = path.parent.name if path.name == "config.yaml" else path.stem
+    origin = path.parent if path.name == "config.yaml" else path
+    _check_run_name(name, f", which is the name of {shortened(str(origin))}")
+    return name
+
+
+def _check_run_name(name: str, origin: str = "") -> None:
+    if not re.fullmatch(r"\w([\w .,:=@+-]*[\w.,:=@+-])?", name) or len(name.encode()) > _NAME_BYTES:
+        raise ConfigError(
+            f"run_name: expected the name of a folder (letters, digits, inner spaces and _ . , : = @ + -, the first a "
+            f"letter, digit or _; at most {_NAME_BYTES} bytes), got {shown(name)}{origin}; set run_name=NAME"
+        )
+
+
+def _build(make: Callable[[], _Built]) -> _Built:
+    """What ``make`` returns; its ValueError, which begins with the name of an argument, as one that names our key."""
+    try:
+        return make()
+    except ValueError as error:
+        name, _, said = str(error).removeprefix("MaskingSpec: ").partition(" ")
+        key = f"model.{name}" if f"model.{name.partition('.')[0]}" in _schema() else name
+        raise ConfigError(f"{key}: {shortened(said)}") from None
 
 
 def _check(c: TrainConfig) -> None:
@@ -292,65 +337,38 @@ def _check(c: TrainConfig) -> None:
             value: Any = c
             for part in key.split("."):
                 value = getattr(value, part)
-            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+            raise ConfigError(f"{key}: expected {expected}, got {shown(value)}")
 
-    def finite(x: float) -> bool:
-        return math.isfinite(x)
+    _build(c.model_config)
+    _build(c.masking_spec)
+    _build(lambda: Schedule.of(c, world_size=1))
+    _build(lambda: LearningRate.of(c))
 
-    names = ", ".join(c.modalities)
-    require(len(c.modalities) > 0, "modalities", "at least one modality")
-    require(len(set(c.modalities)) == len(c.modalities), "modalities", "every modality once")
-    for key in ("vocab_sizes", "max_seq_lens", "input_alphas", "target_alphas"):
-        expected = f"{len(c.modalities)} values, one a modality ({names})"
-        require(len(getattr(c, key)) == len(c.modalities), key, expected)
+    require(max(c.vocab_sizes) <= _MOST_IDS, "vocab_sizes", f"values in 1 … {_MOST_IDS} (ids are stored in 16 bits)")
+    longest = sum(c.max_seq_lens)
+    for side in ("input_tokens_range", "target_tokens_range"):
+        lowest, highest = getattr(c, side)
+        require(lowest >= 1, side, "a lowest value of at least 1")
+        require(highest <= longest, side, f"a highest value of at most {longest}, the sum of max_seq_lens")
+        # Segments count the tokens of a batch in 32 bits.
+        require(c.batch_size * highest < 2**31, "batch_size", f"at most {(2**31 - 1) // highest} with this {side}")
+
+    for key in ("eval_freq", "save_ckpt_freq"):
+        require(getattr(c, key) >= ONE_TOKEN, key, f"a value above 0, at least {ONE_TOKEN:g} millions, one token")
+    least, most = FLOAT32
+    require(0 <= c.weight_decay <= most, "weight_decay", f"a value in 0 … {most:g}")
     require(
-        all(0 < v <= 65536 for v in c.vocab_sizes), "vocab_sizes", "values in 1 … 65536 (ids are stored in 16 bits)"
+        c.clip_grad is None or least <= c.clip_grad <= most, "clip_grad", f"a value in {least:g} … {most:g}, or null"
     )
-    require(all(n > 0 for n in c.max_seq_lens), "max_seq_lens", "values above 0")
-    total = sum(c.max_seq_lens)
-    for side in ("input", "target"):
-        alphas, span = getattr(c, f"{side}_alphas"), getattr(c, f"{side}_tokens_range")
-        require(all(finite(a) and a >= 0 for a in alphas), f"{side}_alphas", "finite values of at least 0")
-        require(any(a > 0 for a in alphas), f"{side}_alphas", "at least one value above 0")
-        require(len(span) == 2, f"{side}_tokens_range", "two values, [lowest, highest]")
-        require(span[0] >= 1, f"{side}_tokens_range", "a lowest value of at least 1")
-        require(span[0] <= span[1], f"{side}_tokens_range", "[lowest, highest] with lowest ≤ highest")
-        expected = f"a highest value of at most {total}, the sum of max_seq_lens"
-        require(span[1] <= total, f"{side}_tokens_range", expected)
-
-    for key in ("batch_size", "global_batch_size", "num_tokens_per_sample", "keep_ckpts", "log.every"):
-        value = c.log.every if key == "log.every" else getattr(c, key)
-        require(value > 0, key, "a value above 0")
-    for key in ("total_tokens", "eval_freq", "save_ckpt_freq", "lr"):
-        require(finite(getattr(c, key)) and getattr(c, key) > 0, key, "a finite value above 0")
-    require(finite(c.token_warmup) and c.token_warmup >= 0, "token_warmup", "a finite value of at least 0")
-    require(c.token_warmup < c.total_tokens, "token_warmup", f"less than total_tokens ({c.total_tokens:g})")
-    require(finite(c.min_lr) and c.min_lr >= 0, "min_lr", "a finite value of at least 0")
-    require(c.min_lr <= c.lr, "min_lr", f"at most lr ({c.lr:g})")
-    require(finite(c.weight_decay) and c.weight_decay >= 0, "weight_decay", "a finite value of at least 0")
-    require(c.clip_grad is None or (finite(c.clip_grad) and c.clip_grad > 0), "clip_grad", "a value above 0, or null")
-    require(c.eval_samples is None or c.eval_samples > 0, "eval_samples", "a value above 0, or null for all")
-    require(c.stop_after_steps is None or c.stop_after_steps > 0, "stop_after_steps", "a value above 0, or null")
+    for key in ("keep_ckpts", "eval_samples", "stop_after_steps"):
+        or_null = f", or null: {_NULL_MEANS[key]}" if key in _NULL_MEANS else ""
+        require(getattr(c, key) is None or getattr(c, key) > 0, key, f"a value above 0{or_null}")
+    require(c.log.every > 0, "log.every", "a value above 0")
     for key in ("seed", "eval_seed"):
-        require(0 <= getattr(c, key) < 2**63, key, "a value in 0 … 2^63 - 1")
+        require(getattr(c, key) >= 0, key, "a value in 0 … 2^63 - 1")
 
-    for key in ("dim", "enc_depth", "dec_depth", "head_dim"):
-        require(getattr(c.model, key) > 0, f"model.{key}", "a value above 0")
-    require(c.model.dim % c.model.head_dim == 0, "model.dim", f"a multiple of head_dim ({c.model.head_dim})")
-    require(c.model.dim % 2 == 0, "model.dim", "an even value (sine and cosine halves of the position embedding)")
-    require(finite(c.model.mlp_ratio) and c.model.mlp_ratio > 0, "model.mlp_ratio", "a value above 0")
-
-    attention = c.model.attention
-    known = isinstance(attention, dict) and set(attention) <= {"encoder", "decoder", "cross"}
-    require(attention is None or known, "model.attention", "null, or a section of encoder, decoder and cross")
-
-    require(c.dtype in ("fp32", "bf16"), "dtype", "fp32 or bf16")
+    require(c.dtype in DTYPES, "dtype", " or ".join(DTYPES))
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
-    require(c.kernels in ("auto", "reference", "reference-matmul"), "kernels", "auto, reference or reference-matmul")
-    devices = r"auto|cpu|cuda(:\d+)?"
-    require(re.fullmatch(devices, c.device) is not None, "device", "auto, cpu, cuda or cuda:INDEX")
-    require(
-        re.fullmatch(r"[\w.+-]+", c.run_name) is not None, "run_name", "a plain folder name (letters, digits, ._+-)"
-    )
-    require(c.output_dir != "", "output_dir", "a folder")
-    require(c.data.root != "", "data.root", "a folder, or null for the embedded sample set")
+    require(DEVICE_NAME.fullmatch(c.device) is not None, "device", DEVICE_NAMES)
+    _check_run_name(c.run_name)
+    require(not (c.log.wandb and ":" in c.run_name), "run_name", "a name without : for log.wandb, which takes none")

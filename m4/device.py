@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import re
 import resource
 import sys
 import time
@@ -11,9 +11,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from m4.distributed import count_from_environment
 from m4.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
+DEVICE_NAMES = "cpu, cuda, cuda:INDEX or auto"
 
 
 def peak_memory(device: torch.device) -> int:
@@ -47,6 +50,8 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one; a device asked for by name and absent is an error."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not DEVICE_NAME.fullmatch(name):
+        raise ConfigError(f"device: expected {DEVICE_NAMES}, got {name!r}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
@@ -64,7 +69,7 @@ def default_device() -> torch.device:
     """This process's GPU (``LOCAL_RANK`` under torchrun), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", count_from_environment("LOCAL_RANK", 0) % torch.cuda.device_count())
 
 
 def default_dtype(device: torch.device) -> str:

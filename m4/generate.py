@@ -10,18 +10,13 @@ import numpy as np
 from m4.build import build_model, data_root, open_split
 from m4.checkpoint import load_run, load_weights
 from m4.cli import run_command
+from m4.data.layout import require_meta
+from m4.data.tokenizers import tokenizer_of
 from m4.device import pick_device
 from m4.errors import ConfigError
 from m4.generation.decode import generate
-from m4.generation.moments import (
-    NEXT,
-    REFERENCE,
-    id_limits,
-    joint_positions,
-    prediction_picture,
-    read_meta,
-    tokenizer_of,
-)
+from m4.generation.moments import check_moments, prediction_picture
+from m4.modalities import NEXT, REFERENCE, RowLayout
 
 
 def main() -> int:
@@ -43,12 +38,11 @@ def main() -> int:
     if arguments.samples < 1:
         raise ConfigError(f"--samples: expected at least 1, got {arguments.samples}")
     config, checkpoint = load_run(arguments.run)
-    missing = [name for name in (*REFERENCE, *NEXT) if name not in config.modalities]
-    if missing:
-        raise ConfigError(f"--run: {arguments.run} was trained without {', '.join(missing)}; there is nothing to draw")
+    layout = RowLayout.of(config)
+    check_moments(layout, arguments.run)
     device = pick_device(arguments.device or config.device)
     root = data_root(config)
-    meta = read_meta(root)
+    meta = require_meta(root)
     store = open_split(config, root, arguments.split or config.data.eval_split)
     model = build_model(config, device).eval()
     load_weights(checkpoint, model)
@@ -59,13 +53,13 @@ def main() -> int:
         true,
         given=REFERENCE,
         wanted=NEXT,
-        id_limits=id_limits(meta, config).to(device),
-        ordinal=joint_positions(config).to(device),
+        id_limits=layout.id_limits(meta).to(device),
+        ordinal=layout.ordinal().to(device),
         steps=arguments.steps,
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
-    picture = prediction_picture(true, predicted, meta, config, tokenizer_of(meta, arguments.cosmos_dir))
+    picture = prediction_picture(true, predicted, meta, config, tokenizer_of(meta, cosmos_dir=arguments.cosmos_dir))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.out)
     print(f"wrote {arguments.out}: {len(rows)} samples of {checkpoint}")

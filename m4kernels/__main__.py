@@ -1,8 +1,14 @@
-"""`python -m m4kernels`: what is installed, which backend runs which op here and why not; for bug reports."""
+"""`python -m m4kernels`: what is installed, which backend runs which op here and why not; for bug reports.
+
+What is broken is told in a line of its own and does not end the report; then the exit status is 1.
+"""
 
 import importlib.util
+import os
 import pkgutil
 import platform
+import sys
+from collections.abc import Callable
 from importlib import metadata
 
 import torch
@@ -12,6 +18,10 @@ from m4kernels import __version__, _ext
 from m4kernels.dispatch import BACKENDS, unavailable
 
 
+def _versions() -> str:
+    return "   ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "pybind11"))
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -19,41 +29,67 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _backend_report(op: str, backend: str) -> str:
+def _extension() -> str:
+    extension = _ext.load()
+    if extension is None:
+        return _ext.absent()
+    archs = ", ".join(f"sm_{arch}" for arch in extension.cuda_archs.split(";"))
+    cuda = f"CUDA {extension.cuda_version} built in ({archs})" if extension.has_cuda else "CUDA not built in"
+    return f"{extension.__file__}, {cuda}\nSIMD level: {extension.simd_level()}"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return "\n".join(
+        f"{i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+        for i in range(torch.cuda.device_count())
+    )
+
+
+def _backend(op: str, backend: str) -> str:
     if importlib.util.find_spec(f"m4kernels.ops.{op}.{backend}") is None:
         return "no: this op has no such backend yet"
     device = "cpu" if backend in ("reference", "cpp") else "cuda"
     if backend == "triton" and not torch.cuda.is_available():
         device = "cpu"
-    reason = unavailable(backend, device)
+    try:
+        reason = unavailable(backend, device)
+    except ImportError:
+        reason = "the extension is broken (see above)"
     return "yes" if reason is None else f"no: {reason}"
 
 
-def main() -> None:
-    """Print the report."""
+def main() -> int:
+    """Print the report; 1 when a part of it could only say what is broken, else 0."""
+    broken = 0
+
+    def tell(label: str, part: Callable[[], str]) -> None:
+        nonlocal broken
+        try:
+            text = part()
+        except Exception as error:  # whatever it is: this report is how users tell us
+            broken = 1
+            text = f"BROKEN: {type(error).__name__}: {error}"
+        print(f"{label}{text}")
+
     print(f"m4kernels {__version__}   Python {platform.python_version()}   {platform.platform()}")
-    print("   ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "pybind11")))
-    extension = _ext.load()
-    if extension is None:
-        print(f"extension: {_ext.ABSENT}")
-    else:
-        archs = ", ".join(f"sm_{arch}" for arch in extension.cuda_archs.split(";"))
-        cuda = f"CUDA {extension.cuda_version} built in ({archs})" if extension.has_cuda else "CUDA not built in"
-        print(f"extension: {extension.__file__}, {cuda}")
-        print(f"SIMD level: {extension.simd_level()}")
-    print(f"threads: {torch.get_num_threads()}")
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            print(
-                f"GPU {i}: {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
-            )
-    else:
-        print("GPU: none that torch can use")
+    tell("", _versions)
+    tell("extension: ", _extension)
+    tell("threads: ", lambda: str(torch.get_num_threads()))
+    tell("GPU: ", _gpus)
     for op in sorted(module.name for module in pkgutil.iter_modules(m4kernels.ops.__path__)):
-        print(f"{op}")
+        print(op)
         for backend in BACKENDS:
-            print(f"  {backend:<10} {_backend_report(op, backend)}")
+            tell(f"  {backend:<10} ", lambda op=op, backend=backend: _backend(op, backend))  # type: ignore[misc]
+    return broken
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `python -m m4kernels | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -80,6 +80,15 @@ class AotResult:
         return self.op, self.case.name, f"sm_{self.architecture}", launch, *figures, verdict
 
 
+# Ceilings of registers that some versions of Triton need, where no launch is good with all of them. By (op, case,
+# architecture): (the first such version, the ceiling, with its reason).
+VERSION_CEILINGS = {
+    # 3.8 takes 164, so that an A100's multiprocessor holds one block of 8 warps instead of two; 3.6 and 3.7 take 128.
+    # Told the ceiling, 3.8 spills 240 bytes; in tiles of 16 x 32 or 32 x 16 it spills on one architecture or another;
+    # 16 x 16 keeps within 100 everywhere, but at one score a thread each number that is loaded serves half as often.
+    ("cross_modal_attention", "grad_kv fp32 head_dim 128", 80): ((3, 8), 168),
+}
+
 HEADER = ("op", "case", "arch", "warps x stages", "registers", "of", "stack B", "shared B", "verdict")
 
 
@@ -105,6 +114,7 @@ def discover(names: Iterable[str] = ()) -> dict[str, Sequence[AotCase]]:
 
 def compile_case(op: str, case: AotCase, architecture: int) -> AotResult:
     """Compile one case for one architecture; a compiler error is a breach too."""
+    case = _for_this_version(op, case, architecture)
     try:
         registers, stack, shared = _compile(case, architecture)
     except Exception as error:  # any error of the compiler is this row's verdict; the other rows still count
@@ -116,6 +126,15 @@ def compile_case(op: str, case: AotCase, architecture: int) -> AotResult:
     )
     breaches = tuple(f"{value} {what}, at most {limit} allowed" for what, value, limit in limits if value > limit)
     return AotResult(op, case, architecture, registers, stack, shared, breaches)
+
+
+def _for_this_version(op: str, case: AotCase, architecture: int) -> AotCase:
+    """The case with the ceiling that the Triton at hand needs."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    since, ceiling = VERSION_CEILINGS.get((op, case.name, architecture), (None, 0))
+    return replace(case, max_registers=ceiling) if since is not None and version >= since else case
 
 
 def _compile(case: AotCase, architecture: int) -> tuple[int, int, int]:

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from m4kernels.ops.mask_tokens.spec import MaskingSpec
 from m4kernels.segments import MaskedBatch, PackedTokens, Segments
 
 # Mean tokens of (tok_rgb, coords, tok_rgb_next, coords_next) in a sample under the M4 masking rule.
 M4_INPUT_MEANS = (66.7, 33.5, 21.5, 16.3)
 M4_TARGET_MEANS = (18.3, 2.6, 55.4, 19.1)
 M4_MAX_SEQ_LENS = (256, 39, 256, 39)
+M4_MASKING = MaskingSpec(M4_MAX_SEQ_LENS, (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
 
 
 def random_counts(

@@ -31,7 +31,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
     if backend == "cpp":
         if device_type != "cpu":
             return f"it runs on CPU tensors, got {device_type} tensors"
-        return None if _ext.load() is not None else _ext.ABSENT
+        return None if _ext.load() is not None else _ext.absent()
     if backend == "triton":
         if not _has_triton():
             return "triton is not installed: `pip install triton`"
@@ -42,7 +42,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
         return f"it runs on CUDA tensors, got {device_type} tensors"
     extension = _ext.load()
     if extension is None:
-        return _ext.ABSENT
+        return _ext.absent()
     if not extension.has_cuda:
         return "the extension was built without CUDA: install nvcc, then `M4KERNELS_CUDA=1 pip install -e .`"
     return _gpu_unfit()

@@ -1,7 +1,7 @@
 """The benchmark guards fail when a kernel becomes slower; sessions are saved and drawn."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from benchmarks.results import Record, Session
 from m4kernels import quantize_coords
 
 XY, VISIBLE = torch.rand(2000, 13, 2) * 256, torch.ones(2000, 13, dtype=torch.bool)
+# Threads that wait for each other on a busy machine would decide a ratio.
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAME = "quantize_coords/2000 samples/cpp over reference"
 
 
@@ -21,15 +23,6 @@ def quantize(backend: str, times: int = 1) -> Callable[[], None]:
             quantize_coords(XY, VISIBLE, backend=backend)
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine would decide a ratio."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check(kernel: Callable[[], None], path: Path, update: bool = False) -> float:

@@ -1,12 +1,33 @@
 """The configuration: defaults, forms of YAML, and one clear error for each fault."""
 
 import dataclasses
+import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from m4.config import TrainConfig, config_to_yaml, load_config, parse_duration
+import m4.config as config_module
+from m4.checkpoint import FREE_KEYS, FREE_SECTIONS
+from m4.config import (
+    DataSection,
+    LogSection,
+    ModelSection,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    format_duration,
+    load_config,
+    parse_duration,
+)
+from m4.config_values import read_value
 from m4.errors import ConfigError
+from m4.model import ModelConfig
 from tests.runs import REPOSITORY
 
 RECIPE = REPOSITORY / "M4-config.yaml"
@@ -92,12 +113,12 @@ FAULTS = [
     ("model=3", ["model", "3", "enc_depth"]),
     ("data=[1]", ["data=[1]", "does not fit"]),
     ("lr=fast", ["lr", "fast", "number"]),
-    ("lr=true", ["lr", "True", "number"]),
-    ("lr=null", ["lr", "None", "number"]),
+    ("lr=true", ["lr", "true", "number"]),
+    ("lr=null", ["lr", "null", "number"]),
     ("lr=nan", ["lr", "nan", "finite"]),
     ("lr=0", ["lr", "0.0", "above 0"]),
     ("lr=-1", ["lr", "-1"]),
-    ("lr=", ["lr", "number"]),
+    ("lr=", ["lr is empty", "number"]),
     ("lr", ["lr", "key=value"]),
     ("=3", ["=3", "key=value"]),
     ("batch_size=3.5", ["batch_size", "3.5", "integer"]),
@@ -115,12 +136,12 @@ FAULTS = [
     ("vocab_sizes=[1,2,3,4.5]", ["vocab_sizes", "integers"]),
     ("max_seq_lens=[256,39,256]", ["max_seq_lens", "4 values"]),
     ("max_seq_lens=[256,39,256,-39]", ["max_seq_lens", "-39"]),
-    ("input_alphas=[1,1,1]", ["input_alphas", "4 values"]),
+    ("input_alphas=[1,1,1]", ["input_alphas", "3 values", "4"]),
     ("target_alphas=[1,1,1,-1]", ["target_alphas", "-1"]),
-    ("target_alphas=[0,0,0,0]", ["target_alphas", "above 0"]),
+    ("target_alphas=[0,0,0,0]", ["target_alphas", "positive", "[0.0, 0.0, 0.0, 0.0]"]),
     ("input_alphas=[.inf,0,0,0]", ["input_alphas", "inf"]),
-    ("input_tokens_range=[256,96]", ["input_tokens_range", "[256, 96]", "lowest"]),
-    ("input_tokens_range=[96]", ["input_tokens_range", "two values"]),
+    ("input_tokens_range=[256,96]", ["input_tokens_range", "[256, 96]", "fewest <= most"]),
+    ("input_tokens_range=[96]", ["input_tokens_range", "two integers", "[96]"]),
     ("target_tokens_range=[39,591]", ["target_tokens_range", "591", "590"]),
     ("target_tokens_range=[0,256]", ["target_tokens_range", "at least 1"]),
     ("input_tokens_range=256", ["input_tokens_range", "list"]),
@@ -153,6 +174,44 @@ FAULTS = [
     ("log.every=0", ["log.every"]),
     ("lr=${nowhere}", ["lr", "nowhere"]),
     ("lr=[", ["lr"]),
+    # What the classes that are built from it refuse, and YAML, floats or memory would not bear.
+    ("input_alphas=[0.005,1,1,1]", ["input_alphas", "0.01 to 1000", "0.005"]),
+    ("target_alphas=[1,1,1,2000]", ["target_alphas", "0.01 to 1000", "2000"]),
+    ("max_seq_lens=[262145,1,1,1]", ["max_seq_lens", "262144", "262145"]),
+    ("batch_size=10000000000", ["batch_size", "at most 1,048,576", "10000000000"]),
+    ("global_batch_size=10000000000", ["global_batch_size", "at most 1,048,576"]),
+    ("model.dim=10000000000", ["model.dim", "65536", "10000000000"]),
+    ("model.dec_depth=1000000", ["model.dec_depth", "at most 1024", "1000000"]),
+    ("model.mlp_ratio=1e300", ["model.mlp_ratio", "hidden width", "1e+300"]),
+    ("save_ckpt_freq=1e-320", ["save_ckpt_freq", "one token", "1e-320"]),
+    ("eval_freq=1e-7", ["eval_freq", "one token", "1e-07"]),
+    ("total_tokens=1e308", ["total_tokens", "1e+12", "1e+308"]),
+    ("total_tokens=1e12", ["total_tokens", "99,999,999 steps", "1e+12"]),
+    ("num_tokens_per_sample=9223372036854775808", ["num_tokens_per_sample", "64 bits"]),
+    ("clip_grad=1e-320", ["clip_grad", "null", "1e-320"]),
+    ("weight_decay=1e39", ["weight_decay", "1e+39"]),
+    ("lr=1e39", ["lr", "float32", "1e+39"]),
+    ("lr=-0.0", ["lr", "0.0"]),
+    ("lr=???", ["lr", "???", "still to be given"]),
+    ("model.attention={encoder: null}", ["model.attention.encoder", "full", "None"]),
+    ("model.attention={encoder: 5}", ["model.attention.encoder", "full", "5"]),
+    ("model.attention={cross: [[1,0],[0,1]]}", ["model.attention.cross", "4 rows", "[[1, 0], [0, 1]]"]),
+    ("model.attention={encoder: {a: b}}", ["model.attention.encoder", "4 rows"]),
+    ("model=5", ["model", "section", "'5'"]),
+    ("model=null", ["model", "section", "null"]),
+    ("model.dim.x=3", ["model.dim", "integer", "{x: 3}"]),
+    ("a.b.c.d=1", ["a.b.c.d", "unknown key"]),
+    ("model..dim=1", ["model..dim=1", "key=value"]),
+    ("lr==3", ["lr", "two equals signs"]),
+    ("modalities=a,b", ["modalities", "list", "[a, b]"]),
+    ("modalities=[a,,b]", ["modalities", "cannot be read"]),
+    ("modalities=[a,null,b,c]", ["modalities", "null", "each entry"]),
+    ("input_alphas.7=1", ["input_alphas", "does not fit"]),
+    ("output_dir=a\0b", ["output_dir", "NUL"]),
+    ("output_dir=a\udcff", ["output_dir", "Unicode"]),
+    ("device=cuda:123456", ["device", "cuda:INDEX"]),
+    ("data.root=", ["data.root is empty; null means the sample set"]),
+    ("dtype=", ["dtype is empty"]),
 ]
 
 
@@ -166,34 +225,257 @@ def test_fault_names_key_value_and_remedy(override, said):
         assert part in message
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("lr: [1, 2", "not valid YAML"),
-        ("- a\n- b", "top level"),
-        ("lr: 1\nlr: 2", "lr"),
-        ("just words", ""),
-    ],
+@pytest.mark.parametrize("key", sorted(config_module._schema()))
+def test_no_value_is_an_error_for_every_key(key):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)} is empty; "):
+        load_config(RECIPE, [f"{key}="])
+
+
+def test_keys_that_may_be_null():
+    optional = {key for key, kind in config_module._schema().items() if read_or_none(kind) is None}
+    assert optional == set(config_module._NULL_MEANS)
+    for key in config_module._schema():
+        if key in optional:
+            load_config(RECIPE, [f"{key}=null"])
+        else:
+            with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: expected .*, got null"):
+                load_config(RECIPE, [f"{key}=null"])
+
+
+def read_or_none(kind):
+    try:
+        return read_value(kind, None)
+    except ValueError:
+        return "refused"
+
+
+@given(
+    st.sampled_from(sorted(config_module._schema())),
+    st.text(max_size=20) | st.floats().map(repr) | st.integers().map(str),
 )
-def test_broken_file(tmp_path, text, said):
-    path = _write(tmp_path, text)
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_typed_is_read_or_refused_by_name(key, typed):
+    said = f"{key}: read"
+    try:
+        load_config(RECIPE, [f"{key}={typed}"])
+    except ConfigError as error:
+        said = str(error)
+    named = re.match(rf"({RECIPE}: )?([\w.]+)( is empty;|:|=)", said)
+    assert named, said
+    assert named[2].startswith(tuple(config_module._schema())), said
+    assert "\n" not in said
 
 
-def test_missing_and_binary_file(tmp_path):
-    with pytest.raises(ConfigError, match="no such"):
-        load_config(tmp_path / "absent.yaml")
-    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00\x01")
+def test_a_key_given_twice_is_said():
+    config, notes = load_config(RECIPE, ["lr=1e-3", "seed=1", "lr=2e-3"])
+    assert config.lr == 0.002
+    assert notes == ["lr: given 2 times on the command line; the last one counts"]
+
+
+def test_defaults_of_the_model_stand_once():
+    section, shape = dataclasses.asdict(ModelSection()), TrainConfig().model_config()
+    assert section.pop("attention") is None
+    assert section == {name: getattr(shape, name) for name in section}
+    assert shape == ModelConfig(shape.modalities, shape.vocab_sizes, shape.max_seq_lens)
+
+
+def test_made_in_python_it_is_checked_too(tmp_path):
+    with pytest.raises(ConfigError, match=r"run_name: expected the name of a folder.*got '\.\.'"):
+        TrainConfig(run_name="..")
+    with pytest.raises(ConfigError, match=r"model\.dim: expected an integer, got '1e3'"):
+        TrainConfig(model=ModelSection(dim="1e3"))
+    with pytest.raises(ConfigError, match=r"model: expected a section with the keys dim, .*, got \{dim: 64\}"):
+        TrainConfig(model={"dim": 64})
+    config = TrainConfig(total_tokens=3000, output_dir=tmp_path)
+    assert (config.total_tokens, config.output_dir) == (3000.0, str(tmp_path))
+    config.run_name = "../elsewhere"
+    with pytest.raises(ConfigError, match="run_name"):
+        _ = config.run_dir
+
+
+@pytest.mark.parametrize(
+    "tree", [5, [], None, {"batch_sise": 4}, {"model": 4}, {"lr": True}, {"run_name": 1e3}, {3: 4}]
+)
+def test_dicts_are_checked_too(tree):
     with pytest.raises(ConfigError):
-        load_config(tmp_path / "run.yaml")
+        config_from_dict(tree)
 
 
-def test_run_name_follows_the_file(tmp_path):
-    path = tmp_path / "small.yaml"
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("small.yaml", "small"),
+        ("1e3.yaml", "1e3"),
+        ("007.yml", "007"),
+        ("on.yaml", "on"),
+        ("null.yaml", "null"),
+        ("12:30.yaml", "12:30"),
+        ("my config.yaml", "my config"),
+        ("übung.yaml", "übung"),
+        ("some run/config.yaml", "some run"),
+        (f"{'x' * 240}.yaml", "x" * 240),
+    ],
+    ids=lambda text: ascii(text)[:20],
+)
+def test_run_name_follows_the_file(tmp_path, file, name):
+    """And stays the same in config.yaml and in the meta data of a checkpoint."""
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
     path.write_text("lr: 0.001")
-    assert load_config(path)[0].run_name == "small"
+    config, _ = load_config(path)
+    assert config.run_name == name
+    assert config.run_dir.name == name
+    assert_round_trip(config, tmp_path)
     path.write_text("run_name: other")
     assert load_config(path)[0].run_name == "other"
+
+
+def test_run_name_of_a_config_file_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.yaml").write_text("lr: 0.001")
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_config("config.yaml")[0].run_name == "here"
+    assert load_config("../here/config.yaml")[0].run_name == "here"
+
+
+NO_NAMES = ["..", ".", ".hidden", "-x", "a/b", "a\\b", "a\nb", " a", "a ", "a#b", "$x", "x" * 256, "ü" * 128]
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=lambda name: ascii(name)[:20])
+def test_names_that_are_no_run(tmp_path, name):
+    """Whatever they come from, they are refused before anything is written."""
+    said = "run_name: expected the name of a folder"
+    with pytest.raises(ConfigError, match=said):
+        load_config(RECIPE, [f"run_name={name}"])
+    with pytest.raises(ConfigError, match=said):
+        load_config(_write(tmp_path, f"run_name: {json.dumps(name)}"))
+    with pytest.raises(ConfigError, match=said):
+        config_from_dict({"run_name": name})
+    if "/" not in name and len(name) < 100:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text("lr: 0.001")
+        with pytest.raises(ConfigError, match=f"{said}.*which is the name of .*; set run_name=NAME"):
+            load_config(path)
+        assert load_config(path, ["run_name=given"])[0].run_name == "given"
+
+
+def test_wandb_takes_no_colon():
+    with pytest.raises(ConfigError, match=r"run_name: .* log\.wandb.*'12:30'"):
+        load_config(RECIPE, ["run_name=12:30", "log.wandb=true"])
+
+
+AWKWARD = [
+    "null", "~", "Null", "1e3", "1234e56", "007", "010", "0x1f", "0o17", "1_000", "12:30", "12:30:45", "on", "off",
+    "yes", "no", "y", "True", ".inf", ".nan", "2001-01-01", "=", "<<", "-", "?", ": ", "a: b", "#x", "a #x", " a", "a ",
+    "\ta\n", "a\nb", "\n", "[a]", "{a: b}", "'a'", '"a"', "'", '"', "\\", "a\\", "${lr}", "${", "\\${x}", "\\\\${x}",
+    "$${x}", "${oc.env:HOME}", "$x", "%", "@", "`", "&a", "*a", "!a", "|", ">", ".", "..", "ü", "日本", "🦴", "\x7f",
+    "\x85", "\u2028", "\ufeff", "\ufffe", "\x1b[0m", "x" * 5000, "a " * 300, "---", "...",
+]  # fmt: skip
+TEXT_KEYS = [
+    "data.root",
+    "data.sample_dir",
+    "data.train_split",
+    "output_dir",
+    "log.wandb_project",
+    "log.wandb_run_name",
+]
+
+
+def assert_round_trip(config, folder):
+    (folder / "saved.yaml").write_bytes(config_to_yaml(config).encode())
+    assert load_config(folder / "saved.yaml") == (config, [])
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    # Any other YAML reader takes the text for text, too; the backslash before ${ is OmegaConf's.
+    plain = yaml.safe_load(config_to_yaml(config))
+    assert plain["run_name"] == config.run_name
+    assert plain["data"]["root"] == config.data.root or "${" in config.data.root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("round-trip")
+
+
+def _with_texts(text):
+    data = DataSection(root=text, sample_dir=text, cache_dir=text, train_split=text, eval_split=text)
+    log = LogSection(wandb_project=text, wandb_entity=text, wandb_run_name=text)
+    return TrainConfig(data=data, log=log, output_dir=text, run_name="x", modalities=[text, "b", "c", "d"])
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=lambda text: ascii(text)[:20])
+def test_awkward_text_is_kept(folder, text):
+    assert_round_trip(_with_texts(text), folder)
+
+
+@given(st.text() | st.text("\\${}a:'\"# \n", max_size=12))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_kept_or_refused(folder, text):
+    try:
+        config = _with_texts(text)
+    except ConfigError:
+        assert text in ("", "???", "b", "c", "d") or "\0" in text
+    else:
+        assert_round_trip(config, folder)
+
+
+@given(st.sampled_from(TEXT_KEYS), st.sampled_from(AWKWARD) | st.text(max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_text_on_the_command_line_is_what_was_typed(key, text):
+    assume(text not in ("", "???", "null", "Null", "NULL") and not text.startswith("="))
+    assume("${" not in text and "\0" not in text and not re.fullmatch(r"'.*'|\".*\"", text, re.DOTALL))
+    section, _, name = key.rpartition(".")
+    config, _ = load_config(RECIPE, [f"{key}={text}"])
+    assert getattr(getattr(config, section) if section else config, name) == text
+
+
+def test_quotes_and_interpolation_on_the_command_line():
+    quoted = {"'null'": "null", '"a\\tb"': "a\tb", "'it''s'": "it's", "'a'b'": "'a'b'"}
+    for typed, text in {**quoted, "${seed}": "0", "\\${seed}": "${seed}", "x${seed}y": "x0y"}.items():
+        assert load_config(RECIPE, [f"data.root={typed}"])[0].data.root == text
+
+
+@given(
+    st.builds(
+        dict,
+        lr=st.floats(1e-30, 1e30),
+        min_lr=st.just(0.0),
+        weight_decay=st.floats(0, 1e38),
+        clip_grad=st.none() | st.floats(1e-30, 1e30),
+        total_tokens=st.floats(1e-6, 1e4),
+        token_warmup=st.just(0.0),
+        eval_freq=st.floats(1e-6, 1e300),
+        seed=st.integers(0, 2**63 - 1),
+        compile=st.booleans(),
+        eval_samples=st.none() | st.integers(1, 2**60),
+        input_alphas=st.lists(st.just(0.0) | st.floats(0.01, 1000), min_size=4, max_size=4).filter(any),
+        training_time=st.none() | st.integers(1, 10**9).map(format_duration),
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_any_number_is_kept(folder, values):
+    assert_round_trip(TrainConfig(**values, run_name="x", data=DataSection(root="r")), folder)
+
+
+def test_saved_configurations_need_no_omegaconf(monkeypatch):
+    """A machine that only trains, evaluates or generates may lack it."""
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    config = TrainConfig(run_name="1e3", data=DataSection(root="${x}"))
+    assert config_from_dict(config_to_dict(config)) == config
+    assert 'run_name: "1e3"' in config_to_yaml(config)
+
+
+def test_attention_is_kept(folder):
+    matrix = [[int(i <= j) for j in range(4)] for i in range(4)]
+    for attention in (None, {}, {"encoder": "full", "cross": matrix}, {"decoder": "within_modality"}):
+        config = TrainConfig(model=ModelSection(attention=attention), run_name="x", data=DataSection(root="r"))
+        assert_round_trip(config, folder)
+    typed = f"model.attention={{cross: {matrix}, decoder: within_modality}}"
+    config, _ = load_config(RECIPE, [typed])
+    assert config.model.attention == {"cross": matrix, "decoder": "within_modality"}
+    assert config.model_config().attention.encoder == "full"
+
+
+def test_the_recipe_says_what_may_change_on_resuming():
+    comment = RECIPE.read_text().partition("\nmodalities:")[0]
+    named = set(re.findall(r"\w+", comment.partition("may change:")[2].partition(".")[0]))
+    assert named == FREE_KEYS | FREE_SECTIONS

@@ -32,9 +32,8 @@ def mask_rows(
 ) -> MaskedBatch:
     """Read rows (int64 (B,)) and draw the mask of each from (seed, sample id); sample_ids int64 (B,)."""
     tokens = store.batch(rows).to(device)
-    lengths = None if store.lengths is None else torch.from_numpy(np.asarray(store.lengths[rows])).to(device)
     ids = torch.from_numpy(np.ascontiguousarray(sample_ids)).to(device)
-    return mask_tokens(tokens, spec, seed=seed, sample_ids=ids, lengths=lengths, backend=backend)
+    return mask_tokens(tokens, spec, seed=seed, sample_ids=ids, backend=backend)
 
 
 def fixed_batches(

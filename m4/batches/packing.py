@@ -24,16 +24,13 @@ SPREADS = 3.0
 _DRAWS = 16384  # the mean of so many draws is within 0.4 tokens of the truth
 
 
-def drawn_counts(
-    spec: MaskingSpec, *, seed: int, sample_ids: np.ndarray, lengths: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def drawn_counts(spec: MaskingSpec, *, seed: int, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, targets), int64 (S, M) each: the tokens of each modality that masking will give these samples.
 
     Args:
         spec: the masking rule.
         seed: the seed of the masks.
         sample_ids: int64 (S,).
-        lengths: (S, M), tokens that each modality of a sample has; default all.
     """
     tokens = torch.zeros(1, dtype=torch.uint16).expand(len(sample_ids), spec.num_tokens)  # what they are is no matter
     ids = torch.from_numpy(np.array(sample_ids, dtype=np.int64))
@@ -42,7 +39,6 @@ def drawn_counts(
         spec,
         seed=seed,
         sample_ids=ids,
-        lengths=None if lengths is None else torch.from_numpy(np.array(lengths, dtype=np.int64)),
         backend=host_backend(),
     )
     inputs, targets = (half.segments.counts.numpy().astype(np.int64) for half in (batch.encoder, batch.decoder))
@@ -119,11 +115,11 @@ def _exchange(dealt: np.ndarray, shares: np.ndarray) -> bool:
     load = shares[dealt].sum(1)  # (A, 2)
     fullest = int(load.max(1).argmax())
     best, chosen = load[fullest].max() - 1e-4, None  # a token of 10,000: less is not worth another round
-    mine = shares[dealt[fullest]]
+    fullest_shares = shares[dealt[fullest]]
     for other in range(len(dealt)):
         if other == fullest:
             continue
-        change = shares[dealt[other]][None] - mine[:, None]  # (size, size, 2), what the fullest gains
+        change = shares[dealt[other]][None] - fullest_shares[:, None]  # (size, size, 2), what the fullest gains
         worse = np.maximum((load[fullest] + change).max(2), (load[other] - change).max(2))
         i, j = np.unravel_index(int(worse.argmin()), worse.shape)
         if worse[i, j] < best:

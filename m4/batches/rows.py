@@ -38,8 +38,10 @@ class TokenRows:
             if device.type == "cuda":
                 free = torch.cuda.mem_get_info(device)[0]
                 resident = store.tokens.nbytes <= _RESIDENT_SHARE * free
-                where = "resident on the GPU" if resident else f"sent in batches ({free / 1e9:.1f} GB are free there)"
-                log.info("tokens: %.1f MB, %s", store.tokens.nbytes / 1e6, where)
+                placement = (
+                    "resident on the GPU" if resident else f"sent in batches ({free / 1e9:.1f} GB are free there)"
+                )
+                log.info("tokens: %.1f MB, %s", store.tokens.nbytes / 1e6, placement)
         # As int16, which every indexing kernel of torch takes; the bits are those of the uint16 tokens.
         self._table = torch.from_numpy(np.array(store.tokens).view(np.int16)).to(device) if resident else None
 
@@ -48,7 +50,3 @@ class TokenRows:
         if self._table is None:
             return send(self._store.tokens[rows].view(np.int16), self._device).view(torch.uint16)
         return self._table.index_select(0, rows_on_device).view(torch.uint16)
-
-    def lengths(self, rows: np.ndarray) -> Tensor | None:
-        """int32 (B, M) on the device, or None where every row is full."""
-        return None if self._store.lengths is None else send(self._store.lengths[rows], self._device)

@@ -94,8 +94,7 @@ class Feed:
             return
         ids = np.arange(position, position + self._schedule.samples_per_step)
         rows = self._stream.rows(ids)
-        lengths = None if self._store.lengths is None else self._store.lengths[rows]
-        inputs, targets = drawn_counts(self._spec, seed=self._config.seed, sample_ids=ids, lengths=lengths)
+        inputs, targets = drawn_counts(self._spec, seed=self._config.seed, sample_ids=ids)
         tokens = np.stack([inputs.sum(1), targets.sum(1)], axis=1)
         dealt, capacity = deal(tokens, self._schedule.accumulation, self.capacity)
         self._next = _Dealt(
@@ -123,7 +122,6 @@ class Feed:
                     self._spec,
                     seed=self._config.seed,
                     sample_ids=on_device[0, index],
-                    lengths=self._rows.lengths(rows),
                     capacity=dealt.capacity,
                 )
                 yield MicroBatch(masked, len(rows), int(dealt.valid_tokens[index]))

@@ -22,7 +22,7 @@ def load_nano4m(source: str | Path | dict[str, torch.Tensor], config: ModelConfi
     Raises:
         ValueError: the file cannot be read, or keys are missing, unexpected or of another shape (all are listed).
     """
-    where = "state dict" if isinstance(source, dict) else str(source)
+    origin = "state dict" if isinstance(source, dict) else str(source)
     weights = source if isinstance(source, dict) else read_weights(Path(source))
     for prefix in ("_orig_mod.", "module."):  # torch.compile and DistributedDataParallel
         if weights and all(name.startswith(prefix) for name in weights):
@@ -34,11 +34,11 @@ def load_nano4m(source: str | Path | dict[str, torch.Tensor], config: ModelConfi
         if name not in expected and re.search(r"norm\w*\.bias$", name):
             if torch.count_nonzero(tensor):
                 raise CheckpointError(
-                    f"{where}: {name}: expected a zero LayerNorm bias, got non-zero values; "
+                    f"{origin}: {name}: expected a zero LayerNorm bias, got non-zero values; "
                     "the model here has no LayerNorm biases"
                 )
         else:
             kept[name] = tensor
     kept.setdefault("pos_emb", model.pos_emb)  # a formula, which some exports leave out
-    load_matching(kept, model, where)
+    load_matching(kept, model, origin)
     return model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from m4.config_values import read_value, shown
 
 
 class TranslationError(ValueError):
@@ -67,12 +70,20 @@ _SECTIONS = ("global_vars", "model_config", "train_loader_config", "eval_loader_
 KNOWN_KEYS = sorted({*_MAPPED, *_IGNORED, *_FIXED})
 
 
-def translate(tree: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any], list[str]]:
+def our_key(key: str) -> str:
+    """Our key that a nano4M key is read as; any other key is returned as it is."""
+    return _MAPPED.get(key, key)
+
+
+def translate(
+    tree: dict[str, Any], overridden: set[str], read: Callable[[str, Any], Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Turn a nested nano4M configuration into ours; a flat one passes through unchanged.
 
     Args:
         tree: the YAML with overrides applied and interpolations resolved.
         overridden: dotted keys given on the command line; they win over what they contradict.
+        read: the value of one of our keys by its type; raises ValueError saying what is expected.
     Returns:
         Nested dict of our keys (unknown ones left for the caller to refuse), and one line a nano4M key.
     Raises:
@@ -91,13 +102,13 @@ def translate(tree: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any
     origin: dict[str, str] = {}  # our key → the nano4M key it was read from
     for key, value in foreign.items():
         if key in _MAPPED:
-            notes.append(_take(ours, origin, key, value, overridden))
+            notes.append(_take(ours, origin, key, value, overridden, read))
         elif key in _IGNORED:
             notes.append(f"{key}: ignored, because {_IGNORED[key]}")
         elif key in _FIXED:
             wanted, meaning = _FIXED[key]
-            if value is not wanted:
-                raise TranslationError(f"{key}: expected {str(wanted).lower()} ({meaning}), got {value!r}")
+            if _flag(value) is not wanted:
+                raise TranslationError(f"{key}: expected {str(wanted).lower()} ({meaning}), got {shown(value)}")
             notes.append(f"{key}: true, as it always is here: {meaning}")
         elif key.startswith("model_config.") and key.endswith("_read_key"):
             notes.append(f"{key}: ignored, because a masked batch has fixed field names")
@@ -110,23 +121,51 @@ def translate(tree: dict[str, Any], overridden: set[str]) -> tuple[dict[str, Any
     return ours, notes
 
 
-def _take(ours: dict[str, Any], origin: dict[str, str], source: str, value: Any, overridden: set[str]) -> str:
+def _flag(value: Any) -> bool | None:
+    try:
+        return read_value(bool, value)
+    except ValueError:
+        return None
+
+
+def _take(
+    ours: dict[str, Any],
+    origin: dict[str, str],
+    source: str,
+    value: Any,
+    overridden: set[str],
+    read: Callable[[str, Any], Any],
+) -> str:
     """Set our key from a nano4M key, unless the two disagree; the command line wins. Returns the line to log."""
     target = _MAPPED[source]
     section, _, leaf = target.rpartition(".")
     place = ours.setdefault(section, {}) if section else ours
     if not isinstance(place, dict):
-        raise TranslationError(f"{section}: expected a section of keys, got {place!r}")
+        raise TranslationError(f"{section}: expected a section of keys, got {shown(place)}")
     first = origin.get(target, target)
-    if leaf in place and place[leaf] != value:
+    typed = _read(read, source, target, value)
+    same = leaf in place and _read(read, first, target, place[leaf]) == typed
+    if leaf in place and not same:
         if first in overridden:
             return f"{source}: ignored, because {first} was given on the command line"
         if source not in overridden:
-            raise TranslationError(f"{source}: {value!r} contradicts {first}: {place[leaf]!r}; make them agree")
-    if leaf not in place or place[leaf] != value:
+            raise TranslationError(
+                f"{source}: {shown(value)} contradicts {first}: {shown(place[leaf])}; make them agree"
+            )
+    if not same:
         place[leaf] = value
         origin[target] = source
     return f"{source}: read as {target}"
+
+
+def _read(read: Callable[[str, Any], Any], source: str, target: str, value: Any) -> Any:
+    """The value of a key in the file, an error under the name that it has there."""
+    if value == "":
+        raise TranslationError(f"{source} is empty; give it a value, or write null")
+    try:
+        return read(target, value)
+    except ValueError as error:
+        raise TranslationError(f"{source}: {error}") from None
 
 
 def _settle_output_dir(ours: dict[str, Any], notes: list[str]) -> None:
@@ -134,5 +173,5 @@ def _settle_output_dir(ours: dict[str, Any], notes: list[str]) -> None:
     folder, name = str(ours.get("output_dir", "")), str(ours.get("run_name", "auto"))
     parent, _, last = folder.rstrip("/").rpartition("/")
     if last in (name, "auto") and folder:
-        ours["output_dir"] = parent or "."
+        ours["output_dir"] = parent or ("/" if folder.startswith("/") else ".")
         notes.append(f"output_dir: {folder} read as the folder {ours['output_dir']} with one folder a run in it")

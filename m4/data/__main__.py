@@ -10,8 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from m4.data.framing import FRAMINGS
-from m4.data.inspection.sheet import compare_with_frames, sheet_of, tokenizer_for
-from m4.data.inspection.statistics import describe, read_all
+from m4.data.inspection.dataset_statistics import describe, read_all
+from m4.data.inspection.sheet import compare_with_frames, sheet_of
+from m4.data.layout import read_meta
 from m4.data.penn_action import list_videos
 from m4.data.preparation.captions import CAPTIONS
 from m4.data.preparation.options import PrepareOptions
@@ -21,7 +22,7 @@ from m4.data.sample_set import SAMPLE_VIDEOS, make_sample
 from m4.data.split import FRACTIONS, UNITS, split_output_dataset
 from m4.data.synthetic.clips import SynthOptions
 from m4.data.synthetic.synth import synthesize
-from m4.data.tokenizers import TOKENIZERS
+from m4.data.tokenizers import TOKENIZERS, tokenizer_of
 from m4.device import DTYPES
 
 
@@ -35,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"a worker process died ({error}); free some memory or lower --workers, and run this again")
     except OSError as error:
         # A full disk does not say for which file.
-        where = error.filename or getattr(options, "out", None) or getattr(options, "root", "input/output")
-        return _fail(f"{where}: {error.strerror or error}")
+        subject = error.filename or getattr(options, "out", None) or getattr(options, "root", "input/output")
+        return _fail(f"{subject}: {error.strerror or error}")
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -133,7 +134,7 @@ def _inspect(options: argparse.Namespace) -> None:
     print(describe(root, splits))
     if source is None and options.no_sheet:
         return
-    tokenizer = tokenizer_for(root, options.tokenizer, options.cosmos_dir)
+    tokenizer = tokenizer_of(read_meta(root), options.tokenizer, options.cosmos_dir)
     if source is not None:
         for line in compare_with_frames(root, splits, source, options.samples, tokenizer):
             print(line)

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from m4.errors import data_error
+from m4.modalities import CANVAS
 
-CANVAS = 256
 FRAMINGS = ("subject", "center", "squash")
 
 

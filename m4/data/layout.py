@@ -12,9 +12,6 @@ from m4.errors import DataError, data_error
 
 FORMAT = "m4-tokens-v1"
 SPLITS = ("train", "eval", "test")
-NUM_JOINTS = 13
-BINS = 8192  # of joint coordinates, per axis
-SHAPES = {"tok_rgb": (16, 16), "coords": (3, NUM_JOINTS), "tok_rgb_next": (16, 16), "coords_next": (3, NUM_JOINTS)}
 # Present while samples are being moved: what stands below the root then is neither the old nor the new layout.
 UNFINISHED = ".unfinished"
 _BAD_TOKENS = "Prepare this sample again: python -m m4.data prepare."
@@ -71,6 +68,20 @@ def read_meta(root: Path) -> dict:
         return {}
     if found != FORMAT:
         raise data_error(path, expected=f"format {FORMAT}", actual=found, remedy="Prepare the data again.")
+    return meta
+
+
+def require_meta(root: Path) -> dict:
+    """The content of ``root``'s meta.json, for what cannot do without it. Raises DataError where there is none."""
+    meta = read_meta(root)
+    missing = [key for key in ("options", "modalities") if key not in meta]
+    if missing:
+        raise data_error(
+            root / "meta.json",
+            expected="what python -m m4.data prepare says of its data",
+            actual=f"no {' and no '.join(missing)}" if meta else "no such file, or none of this format",
+            remedy="Prepare the data again: python -m m4.data prepare.",
+        )
     return meta
 
 
@@ -140,10 +151,7 @@ def token_file(folder: Path) -> os.DirEntry:
 
 
 __all__ = [
-    "BINS",
     "FORMAT",
-    "NUM_JOINTS",
-    "SHAPES",
     "SPLITS",
     "UNFINISHED",
     "DataError",
@@ -151,5 +159,6 @@ __all__ = [
     "find_pids",
     "find_splits",
     "read_meta",
+    "require_meta",
     "token_file",
 ]

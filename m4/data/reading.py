@@ -1,9 +1,9 @@
 """Reading token files that others may have made: what is accepted, with what was assumed, and what is refused.
 
-Joints (modalities whose name begins with "coords") are three rows, x, y, visibility, of 8,192 bins over the 256-pixel
-canvas. Data of the M3 notebook's rules, or of other orders and units, would train a model without a word of complaint;
-what their shapes and values give away is refused here. What they do not give away is said: without a meta.json nothing
-tells whether pixels and joints were cut by the same window.
+Joints (`m4.modalities`) are three rows, x, y, visibility, of 8,192 bins over the 256-pixel canvas. Data of the M3
+notebook's rules, or of other orders and units, would train a model without a word of complaint; what their shapes and
+values give away is refused here. What they do not give away is said: without a meta.json nothing tells whether pixels
+and joints were cut by the same window.
 """
 
 from __future__ import annotations
@@ -15,31 +15,27 @@ from pathlib import Path
 
 import numpy as np
 
-from m4.data.layout import BINS, read_meta
+from m4.data.layout import read_meta
 from m4.errors import DataError, data_error
+from m4.modalities import BINS, CANVAS, Modality, data_vocab_size, modality_of
 
 _BAD_TOKENS = "Prepare this sample again: python -m m4.data prepare."
 _OLD_RULES = "Prepare the data again from the videos: python -m m4.data prepare."
-_PIXELS = 256
 # So many visible joints that all of them within the first 256 of 8,192 bins cannot be chance.
 _ENOUGH_JOINTS = 100
 
 
-def is_joints(modality: str, length: int) -> bool:
-    """Whether a modality holds x, y and visibility of joints."""
-    return modality.startswith("coords") and length % 3 == 0
-
-
 class TokenReader:
-    """Reads .npy token files into flat int64 rows of one length; headers seen before are not parsed again.
+    """Reads .npy files of one modality into flat int64 rows; headers seen before are not parsed again.
 
     Accepted are integers of any width, flat or of any shape, with or without a leading augmentation axis, of which the
     first entry is taken; for joints also floats, fractions of the canvas in [0, 1] with visibility 0 or 1. ``notes``
     says which of these occurred and what was assumed.
     """
 
-    def __init__(self, length: int, joints: bool = False):
-        self.length, self.joints = length, joints
+    def __init__(self, modality: Modality):
+        self.length, self.joints = modality.length, modality.kind == "joints"
+        self._shape = modality.shape
         self.notes: dict[str, int] = {}  # assumption → files
         self._headers: dict[bytes, tuple[np.dtype, tuple[int, ...], bool]] = {}
 
@@ -97,7 +93,7 @@ class TokenReader:
         return dtype, shape, fortran
 
     def _check_order(self, path: str | os.PathLike, shape: tuple[int, ...]) -> None:
-        joints = self.length // 3
+        joints = self._shape[1]
         reason = None
         if joints != 3 and shape[-2:] == (joints, 3):
             reason = "joint by joint"
@@ -129,19 +125,19 @@ def _from_fractions(path: str | os.PathLike, values: np.ndarray) -> np.ndarray:
     return np.concatenate([*tokens, visible]).astype(np.int64)
 
 
-def check_joints(modality: str, rows: np.ndarray, paths: Sequence[str], bins: int = BINS) -> list[str]:
+def check_joints(modality: Modality, rows: np.ndarray, paths: Sequence[str], bins: int = BINS) -> list[str]:
     """What must be said about the joints of a split, rows (N, 3·J); DataError for what is of other rules.
 
     ``bins``: of the data, per axis.
     """
-    count = rows.shape[1] // 3
-    xy, visibility = rows[:, : 2 * count].reshape(-1, 2, count), rows[:, 2 * count :]
+    _, count = modality.shape
+    xy, visibility = rows[:, modality.coordinates].reshape(-1, 2, count), rows[:, modality.visibility]
     if visibility.max(initial=0) > 1:
         by_joint = rows.reshape(len(rows), count, 3)
         if by_joint[..., 2].max(initial=0) <= 1:
             raise data_error(
                 paths[0],
-                expected=f"{modality} as rows x, y, visibility",
+                expected=f"{modality.name} as rows x, y, visibility",
                 actual="every third value 0 or 1: x, y, visibility joint by joint",
                 remedy=_OLD_RULES,
             )
@@ -155,7 +151,7 @@ def check_joints(modality: str, rows: np.ndarray, paths: Sequence[str], bins: in
             remedy=_OLD_RULES,
         )
     seen = xy.transpose(0, 2, 1)[visibility == 1]
-    if len(seen) >= _ENOUGH_JOINTS and 1 < seen.max() <= _PIXELS < bins // 4:
+    if len(seen) >= _ENOUGH_JOINTS and 1 < seen.max() <= CANVAS < bins // 4:
         raise data_error(
             paths[0],
             expected=f"joints in {bins:,} bins",
@@ -166,21 +162,20 @@ def check_joints(modality: str, rows: np.ndarray, paths: Sequence[str], bins: in
 
 
 def read_rows(
-    root: Path, modality: str, paths: Sequence[str], length: int, vocab_size: int = BINS
+    root: Path, name: str, paths: Sequence[str], length: int, vocab_size: int = BINS
 ) -> tuple[np.ndarray, list[str]]:
-    """All files of one modality of a split as int64 (N, length), and what was assumed in reading them.
+    """All files of the modality ``name`` of a split as int64 (N, length), and what was assumed in reading them.
 
     Raises DataError for a file that cannot be read, or joints of other rules than ours (judged where the vocabulary
     has room for 8,192 bins).
     """
-    joints = is_joints(modality, length)
-    reader = TokenReader(length, joints)
+    modality = modality_of(name, length)
+    reader = TokenReader(modality)
     rows = np.stack([reader.read(path) for path in paths]).astype(np.int64)
     notes = [f"files {assumption} ({files} of {len(paths)})" for assumption, files in reader.notes.items()]
-    if joints and vocab_size >= BINS:
+    if modality.kind == "joints" and vocab_size >= BINS:
         meta = read_meta(root)
-        bins = meta["modalities"][modality]["vocab_size"] if modality in meta.get("modalities", {}) else BINS
-        notes += check_joints(modality, rows, paths, bins)
+        notes += check_joints(modality, rows, paths, data_vocab_size(name, meta))
         if not meta:
             notes.append(
                 "no meta.json of python -m m4.data, so nothing says how joints were scaled; taken as sharing the "
@@ -193,4 +188,4 @@ def _extremes(values: np.ndarray) -> str:
     return f"{values.min():.4g} … {values.max():.4g}"
 
 
-__all__ = ["DataError", "TokenReader", "check_joints", "is_joints", "read_rows"]
+__all__ = ["DataError", "TokenReader", "check_joints", "read_rows"]

@@ -67,9 +67,9 @@ def check_split(fractions: Sequence[float], seed: int, unit: str) -> None:
 
 def divide(root: Path, fractions: Sequence[float], seed: int, unit: str) -> dict[str, int]:
     """`split_output_dataset` by a caller that has checked the arguments and holds the root's lock, or needs none."""
-    homes = _homes(root)
-    modalities = sorted({modality for modality, _ in homes})
-    pids = sorted({pid for _, pid in homes})
+    folders = _sample_folders(root)
+    modalities = sorted({modality for modality, _ in folders})
+    pids = sorted({pid for _, pid in folders})
     if not pids:
         raise data_error(
             root, expected="samples (MODALITY/PID/FILE)", actual="none", remedy="Run python -m m4.data prepare first."
@@ -87,9 +87,9 @@ def divide(root: Path, fractions: Sequence[float], seed: int, unit: str) -> dict
         totals[split] = len(members)
         for pid in members:
             for modality in modalities:
-                home, destination = homes.get((modality, pid)), root / split / modality / pid
-                if home is not None and home != destination:
-                    moves.append((home, destination))
+                folder, destination = folders.get((modality, pid)), root / split / modality / pid
+                if folder is not None and folder != destination:
+                    moves.append((folder, destination))
     _carry_out(root, moves, modalities, _described(root, fractions, seed, unit, totals))
     return totals
 
@@ -99,9 +99,9 @@ def _carry_out(root: Path, moves: list[tuple[Path, Path]], modalities: list[str]
     marker = root / UNFINISHED
     if moves:
         write_atomically(marker, b"split\n")
-    for home, destination in moves:
+    for folder, destination in moves:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        home.rename(destination)
+        folder.rename(destination)
     for modality in modalities:
         unsplit = root / modality
         if unsplit.is_dir() and not any(unsplit.iterdir()):
@@ -121,9 +121,9 @@ def _described(root: Path, fractions: Sequence[float], seed: int, unit: str, tot
     return None if new == meta else (json.dumps(new, indent=1) + "\n").encode()
 
 
-def _homes(root: Path) -> dict[tuple[str, str], Path]:
+def _sample_folders(root: Path) -> dict[tuple[str, str], Path]:
     """Where every (modality, pid) lies now. Raises DataError for a pid that is in two places."""
-    homes: dict[tuple[str, str], Path] = {}
+    folders: dict[tuple[str, str], Path] = {}
     for base in (root, *(root / split for split in SPLITS)):
         for modality in _folders(base):
             if base == root and modality.name in SPLITS:
@@ -133,12 +133,12 @@ def _homes(root: Path) -> dict[tuple[str, str], Path]:
                 if not sample.name.isdecimal():
                     continue
                 token_file(sample)
-                first = homes.setdefault((modality.name, sample.name), sample)
+                first = folders.setdefault((modality.name, sample.name), sample)
                 if first != sample:
                     raise data_error(
                         sample, expected="each sample once", actual=f"also {first}", remedy="Remove one of the two."
                     )
-    return homes
+    return folders
 
 
 def _folders(base: Path) -> list[Path]:

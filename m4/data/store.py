@@ -33,12 +33,11 @@ _log = logging.getLogger(__name__)
 class TokenStore:
     """The samples of one split. Rows are in the order of ``pids``, modality after modality.
 
-    tokens: memory-mapped uint16 (N, L), L = Σ max_seq_lens. lengths: int32 (N, M) actual lengths, or None when every
-    row is full. fingerprint: hex digest of the content, the same wherever the data lies.
+    tokens: memory-mapped uint16 (N, L), L = Σ max_seq_lens; every row is full. fingerprint: hex digest of the content,
+    the same wherever the data lies.
     """
 
     tokens: np.ndarray
-    lengths: np.ndarray | None
     fingerprint: str
     pids: tuple[str, ...]
 
@@ -112,7 +111,7 @@ def open_store(
                 remedy="Raise the vocabulary size, or prepare the data with the tokenizer that it was set for.",
             )
     tokens = np.memmap(folder / index["data"], dtype=np.uint16, mode="r", shape=(len(pids), sum(max_seq_lens)))
-    return TokenStore(tokens=tokens, lengths=None, fingerprint=index["fingerprint"], pids=tuple(pids))
+    return TokenStore(tokens=tokens, fingerprint=index["fingerprint"], pids=tuple(pids))
 
 
 def _survey(root: Path, split: str, modalities: list[str], pids: list[str]) -> tuple[dict[str, list[str]], FileStamp]:
@@ -172,11 +171,11 @@ def _build(
     stamp.settle()
     packed = np.empty((len(pids), sum(max_seq_lens)), dtype=np.uint16)
     largest = []
-    said: list[str] = []
+    assumptions: list[str] = []
     start = 0
     for modality, length, vocab_size in zip(modalities, max_seq_lens, vocab_sizes, strict=True):
         rows, notes = read_rows(root, modality, files[modality], length, vocab_size)
-        said += [f"{modality}: {note}" for note in notes]
+        assumptions += [f"{modality}: {note}" for note in notes]
         row = int(rows.max(axis=1).argmax())
         largest.append((int(rows[row].max()), row))
         low = int(rows.min(axis=1).argmin())
@@ -201,7 +200,13 @@ def _build(
     digest.update(packed.astype("<u2").tobytes())
     fingerprint = digest.hexdigest()
     data = f"{index_path.stem}-{fingerprint[:16]}.u16"
-    index = {"stamp": stamp.hexdigest(), "fingerprint": fingerprint, "data": data, "largest": largest, "notes": said}
+    index = {
+        "stamp": stamp.hexdigest(),
+        "fingerprint": fingerprint,
+        "data": data,
+        "largest": largest,
+        "notes": assumptions,
+    }
     write_atomically(folder / data, packed.tobytes())
     write_atomically(index_path, json.dumps(index).encode())
     for old in folder.glob(f"{index_path.stem}-*.u16"):

@@ -28,10 +28,7 @@ def count_tokens(store: TokenStore, vocab_sizes: list[int], max_seq_lens: list[i
     for first in range(0, len(store), _ROWS_AT_ONCE):
         rows = np.asarray(store.tokens[first : first + _ROWS_AT_ONCE])
         for m, (end, length) in enumerate(zip(ends, max_seq_lens, strict=True)):
-            ids = rows[:, end - length : end]
-            if store.lengths is not None:
-                ids = ids[np.arange(length) < np.asarray(store.lengths[first : first + _ROWS_AT_ONCE, m])[:, None]]
-            counts[m] += np.bincount(ids.ravel(), minlength=len(counts[m]))
+            counts[m] += np.bincount(rows[:, end - length : end].ravel(), minlength=len(counts[m]))
     return counts
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m4.modalities import RowLayout
 from m4.model import M4
 from m4kernels import MaskedBatch, PackedTokens, Segments
 
@@ -54,9 +55,8 @@ def generate(
     if steps < 1 or temperature < 0:
         raise ValueError(f"expected steps >= 1 and temperature >= 0, got steps {steps}, temperature {temperature}")
     device = tokens.device
-    lengths = torch.tensor(list(config.max_seq_lens), device=device)
-    modality = torch.repeat_interleave(torch.arange(len(names), device=device), lengths)  # (L,)
-    position = torch.cat([torch.arange(n, device=device) for n in config.max_seq_lens])  # (L,)
+    layout = RowLayout.of(config)
+    modality, position = layout.modality_ids().to(device), layout.positions().to(device)  # (L,)
     if id_limits is None:
         id_limits = torch.tensor(list(config.vocab_sizes), device=device)[modality]
 

@@ -1,13 +1,14 @@
 """The shape of a model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 KERNELS = ("auto", "reference", "reference-matmul")
+MAX_DIM, MAX_DEPTH = 65536, 1024  # more is a slip of the pen: no machine has the memory
 
 
 @dataclass
@@ -17,6 +18,19 @@ class AttentionConfig:
     encoder: Any = "full"
     decoder: Any = "full"
     cross: Any = "full"
+
+    @classmethod
+    def of(cls, patterns: Mapping[str, Any] | None) -> "AttentionConfig":
+        """From patterns by name; those left out are "full".
+
+        Raises:
+            ValueError: a name is none of encoder, decoder and cross.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in patterns or {} if name not in names]
+        if unknown:
+            raise ValueError(f"attention must be a section of {', '.join(names)}, got {unknown[0]}")
+        return cls(**(patterns or {}))
 
 
 @dataclass
@@ -51,21 +65,34 @@ class ModelConfig:
     kernels: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_sizes", "max_seq_lens"):
-            values = getattr(self, name)
-            if len(values) != len(self.modalities):
-                raise ValueError(f"{name} has {len(values)} entries, modalities has {len(self.modalities)}")
-            if any(value < 1 for value in values):
-                raise ValueError(f"{name} must be positive, got {list(values)}")
         if not self.modalities:
-            raise ValueError("modalities must name at least one modality")
-        if self.dim < 2 or self.dim % 2 or self.head_dim < 1 or self.dim % self.head_dim:
-            raise ValueError(f"dim must be even and a multiple of head_dim={self.head_dim}, got {self.dim}")
+            raise ValueError("modalities must name at least one modality, got []")
+        if len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"modalities must name each modality once, got {list(self.modalities)}")
+        for name in ("vocab_sizes", "max_seq_lens"):
+            values, count = list(getattr(self, name)), len(self.modalities)
+            if len(values) != count:
+                raise ValueError(
+                    f"{name} has {len(values)} entries, modalities has {count}: expected {count} values, one each of "
+                    f"{', '.join(self.modalities)}, got {values}"
+                )
+            if any(value < 1 for value in values):
+                raise ValueError(f"{name} must be positive, got {values}")
+        if not 1 <= self.head_dim <= MAX_DIM:
+            raise ValueError(f"head_dim must be 1 to {MAX_DIM}, got {self.head_dim}")
+        if not 2 <= self.dim <= MAX_DIM or self.dim % 2 or self.dim % self.head_dim:
+            raise ValueError(
+                f"dim must be even and a multiple of head_dim={self.head_dim}, got {self.dim}"
+                + (f"; at most {MAX_DIM}" if self.dim > MAX_DIM else "")
+            )
         for name in ("enc_depth", "dec_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if int(self.dim * self.mlp_ratio) < 1:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+            if not 1 <= getattr(self, name) <= MAX_DEPTH:
+                raise ValueError(f"{name} must be at least 1 and at most {MAX_DEPTH}, got {getattr(self, name)}")
+        if not 1 <= self.dim * self.mlp_ratio < MAX_DIM * 16 + 1:
+            raise ValueError(
+                f"mlp_ratio must be positive and make the hidden width dim * mlp_ratio 1 to {MAX_DIM * 16}, "
+                f"got {self.mlp_ratio}"
+            )
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
         for name in ("encoder", "decoder", "cross"):
@@ -82,11 +109,14 @@ def allow_matrix(pattern: Any, modalities: int, key: str) -> Tensor | None:
     Raises:
         ValueError: the pattern is neither known nor an M x M matrix of 0 and 1.
     """
-    if pattern == "full":
+    if isinstance(pattern, str) and pattern == "full":
         return None
-    if pattern == "within_modality":
+    if isinstance(pattern, str) and pattern == "within_modality":
         return torch.eye(modalities, dtype=torch.bool)
-    rows = None if isinstance(pattern, str) else [list(row) for row in pattern]
+    try:
+        rows = None if isinstance(pattern, (str, Mapping)) else [list(row) for row in pattern]
+    except TypeError:
+        rows = None
     if rows is None or len(rows) != modalities or any(len(row) != modalities for row in rows):
         raise ValueError(
             f"{key} must be 'full', 'within_modality' or {modalities} rows of {modalities} zeros and ones, "

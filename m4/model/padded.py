@@ -5,21 +5,39 @@ PyTorch's scaled_dot_product_attention with a dense mask (`kernels: reference`) 
 (`kernels: reference-matmul`), logits of every slot at once. Plain PyTorch; no kernel of ours is called.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from m4.model.config import ModelConfig
+from m4.model.layers import CrossAttention, SelfAttention, Trunk
 from m4kernels import MaskedBatch
 from m4kernels.segments import IGNORE_INDEX
 
-if TYPE_CHECKING:
-    from m4.model import M4
-    from m4.model.layers import CrossAttention, SelfAttention
+
+class Weights(Protocol):
+    """What is read here of an `m4.model.m4.M4`."""
+
+    config: ModelConfig
+    enc_tok_emb: nn.Embedding
+    enc_mod_emb: nn.Embedding
+    dec_mod_emb: nn.Embedding
+    pos_emb: Tensor
+    encoder: Trunk
+    enc_norm: nn.LayerNorm
+    dec_context_proj: nn.Linear
+    decoder: Trunk
+    dec_norm: nn.LayerNorm
+    to_logits: nn.Linear
+    vocab_limits: Tensor
+    allow_encoder: Tensor | None
+    allow_decoder: Tensor | None
+    allow_cross: Tensor | None
 
 
-def padded_losses(model: "M4", batch: MaskedBatch, target_counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def padded_losses(model: Weights, batch: MaskedBatch, target_counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(total, per_modality, counts) as in `m4.model.m4.Losses`."""
     p = batch.padded()
     matmul = model.config.kernels == "reference-matmul"
@@ -81,12 +99,12 @@ def split_heads(x: Tensor, parts: int, head_dim: int) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (parts, -1, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def self_attention(layer: "SelfAttention", x: Tensor, mask: Tensor, matmul: bool) -> Tensor:
+def self_attention(layer: SelfAttention, x: Tensor, mask: Tensor, matmul: bool) -> Tensor:
     q, k, v = split_heads(layer.qkv_proj(x), 3, layer.head_dim)
     return layer.attn_out_proj(attend(q, k, v, mask, matmul))
 
 
-def cross_attention(layer: "CrossAttention", x: Tensor, context: Tensor, mask: Tensor, matmul: bool) -> Tensor:
+def cross_attention(layer: CrossAttention, x: Tensor, context: Tensor, mask: Tensor, matmul: bool) -> Tensor:
     (q,) = split_heads(layer.q_proj(x), 1, layer.head_dim)
     k, v = split_heads(layer.kv_proj(context), 2, layer.head_dim)
     return layer.attn_out_proj(attend(q, k, v, mask, matmul))

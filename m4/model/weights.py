@@ -21,20 +21,20 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # nano4M stores its arguments beside the weights
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: cannot be read as weights: {reason}; "
             "expected a .safetensors file, or a torch.save of tensors only"
         ) from error
-    weights = held.get("model", held) if isinstance(held, dict) else held
+    weights = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise CheckpointError(f"{path}: expected a state dict, or a dict with one under 'model'")
     return weights
 
 
-def load_matching(weights: dict[str, torch.Tensor], model: nn.Module, where: str) -> None:
+def load_matching(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> None:
     """Load by name; one error lists every missing, unexpected and wrong-shaped key."""
     expected = model.state_dict()
     faults = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in weights]
@@ -44,5 +44,5 @@ def load_matching(weights: dict[str, torch.Tensor], model: nn.Module, where: str
         elif tensor.shape != expected[name].shape:
             faults.append(f"{name}: expected shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
     if faults:
-        raise CheckpointError(f"{where}: does not fit the model: {'; '.join(faults)}")
+        raise CheckpointError(f"{source}: does not fit the model: {'; '.join(faults)}")
     model.load_state_dict(weights)

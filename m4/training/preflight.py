@@ -12,6 +12,7 @@ from m4.batches.masked import host_backend, mask_rows
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
 from m4.device import autocast
+from m4.modalities import RowLayout
 from m4.model import M4
 from m4kernels import MaskingSpec
 
@@ -79,19 +80,15 @@ def smoke_test(
 def check_ids(store: TokenStore, rows: np.ndarray, config: TrainConfig) -> None:
     """Raise if a token of these rows is outside the vocabulary of its modality."""
     tokens = store.batch(rows)
-    first = 0
-    for m, (name, length) in enumerate(zip(config.modalities, config.max_seq_lens, strict=True)):
-        ids = tokens[:, first : first + length]
+    for m, (name, span) in enumerate(zip(config.modalities, RowLayout.of(config).spans, strict=True)):
+        ids = tokens[:, span]
         wrong = (ids < 0) | (ids >= config.vocab_sizes[m])
-        if store.lengths is not None:
-            wrong &= torch.arange(length) < torch.from_numpy(np.asarray(store.lengths[rows, m]))[:, None]
         if wrong.any():
             row, position = (int(i) for i in wrong.nonzero()[0])
             raise ValueError(
                 f"training row {int(rows[row])}, {name} position {position}: expected an id below "
                 f"{config.vocab_sizes[m]} (vocab_sizes), got {int(ids[row, position])}"
             )
-        first += length
 
 
 def check_targets(
@@ -108,8 +105,7 @@ def check_targets(
             return
     row = int(rows[int((~has_target).nonzero()[0])])
     raise ValueError(
-        f"training row {row} gets no target token in {_DRAWS} draws: check target_alphas, target_tokens_range, "
-        "and the row's lengths"
+        f"training row {row} gets no target token in {_DRAWS} draws: check target_alphas and target_tokens_range"
     )
 
 

@@ -119,8 +119,8 @@ def test_override_of_an_interpolated_value(nested, override, batch_size):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("per_modality_loss_avg: true", "per_modality_loss_avg: false", ["per_modality_loss_avg", "False", "true"]),
-        ("overlap_vocab: true", "overlap_vocab: false", ["overlap_vocab", "False"]),
+        ("per_modality_loss_avg: true", "per_modality_loss_avg: false", ["per_modality_loss_avg", "false", "true"]),
+        ("overlap_vocab: true", "overlap_vocab: false", ["overlap_vocab", "false"]),
         ("overlap_posembs: true", "overlap_posembs: 3", ["overlap_posembs", "3"]),
         ("  dim: 512", "  dimension: 512", ["model_config.dimension", "512", "model_config.dim"]),
         ("  num_workers: 10", "  num_worker: 10", ["num_worker", "num_workers"]),
@@ -137,6 +137,11 @@ def test_override_of_an_interpolated_value(nested, override, batch_size):
         ("${global_vars.input_alphas}", "[1, 1, 1, 1]", ["input_alphas", "[1, 1, 1, 1]"]),
         ("${global_vars.max_seq_lens}", "${global_vars.max_seq_len}", ["max_seq_len"]),
         ("model_config:", "model: 3\nmodel_config:", ["model", "section"]),
+        ("warmup_tokens: 500", "warmup_tokens: 0500", ["warmup_tokens: expected a number, got '0500'"]),
+        ("warmup_tokens: 500", "warmup_tokens:", ["warmup_tokens is empty"]),
+        ("  root_dir: /data/poses", "  root_dir:", ["train_loader_config.root_dir is empty"]),
+        ("  dim: 512", "  dim: 512\n  dim: 256", ["the key dim is given twice"]),
+        ("model_config:", "model_config: FourM\nother:", ["model_config", "FourM"]),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(nested, old, new, said):
@@ -147,3 +152,26 @@ def test_what_cannot_be_honoured_is_refused(nested, old, new, said):
     for part in said:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_text_and_numbers_keep_their_meaning(nested):
+    """Text is not taken for a number on its way to our key, and numbers agree however they are written."""
+    text = NESTED.replace("root_dir: /data/poses", "root_dir: 007").replace("poses\nwandb", "1e3\nwandb")
+    text = text.replace("warmup_tokens: 500", "warmup_tokens: 500\ntoken_warmup: 5e2").replace(": true", ": True")
+    nested.write_text(text)
+    config, _ = load_config(nested)
+    assert (config.data.root, config.log.wandb_project, config.token_warmup) == ("007", "1e3", 500.0)
+    assert (
+        load_config(nested, ["train_loader_config.root_dir=on", "eval_loader_config.root_dir=on"])[0].data.root == "on"
+    )
+    assert load_config(nested, ["wandb_project=12:30"])[0].log.wandb_project == "12:30"
+    with pytest.raises(ConfigError, match=r"train_loader_config\.root_dir is empty"):
+        load_config(nested, ["train_loader_config.root_dir="])
+
+
+@pytest.mark.parametrize(
+    ("folder", "ours"), [("./outputs/auto", "./outputs"), ("/auto", "/"), ("auto", "."), ("x", "x")]
+)
+def test_output_dir_of_one_run(nested, folder, ours):
+    nested.write_text(NESTED.replace("./outputs/auto", folder))
+    assert load_config(nested)[0].output_dir == ours

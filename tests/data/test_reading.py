@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from m4.data.inspection.statistics import statistics
+from m4.data.inspection.dataset_statistics import statistics
 from m4.data.store import open_store
 from m4.errors import DataError
 from m4kernels import dequantize_coords

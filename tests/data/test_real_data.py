@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 from m4.data.framing import FRAMINGS, frame_for
-from m4.data.inspection.sheet import compare_with_frames, tokenizer_for
-from m4.data.inspection.statistics import read_all
+from m4.data.inspection.dataset_statistics import read_all
+from m4.data.inspection.sheet import compare_with_frames
 from m4.data.penn_action import Label, read_label, write_label
 from m4.data.preparation.pairs import find_pairs
 from m4.data.preparation.prepare import prepare
 from m4.data.synthetic.clips import SynthOptions
 from m4.data.synthetic.synth import synthesize
+from m4.data.tokenizers import make_tokenizer
 from m4kernels import dequantize_coords, quantize_coords
 
 SIGMA = 3.0  # frame pixels: wide against the resampling kernel, so that its shape does not matter
@@ -39,7 +40,7 @@ def test_real_frames_through_selection_and_fsq(shared_dir, tmp_path):
         rows = [(int(row["reference_frame"]), int(row["successor_frame"])) for row in csv.DictReader(file)]
     assert rows == [(a + 1, b + 1) for a, b in pairs]
     assert summary.pairs == len(pairs) > 10
-    line, joints_line = compare_with_frames(out, read_all(out), root, 20, tokenizer_for(out))
+    line, joints_line = compare_with_frames(out, read_all(out), root, 20, make_tokenizer("fsq"))
     assert float(line.split("PSNR ")[1].split()[0]) >= 25
     assert joints_line.startswith("joints of ")
 
@@ -53,7 +54,7 @@ def test_real_labels_through_the_whole_pipeline(shared_dir, tmp_path):
     assert summary.videos == len(names) == 24
     assert summary.pairs >= 24
     _, joints = compare_with_frames(
-        tmp_path / "out", read_all(tmp_path / "out"), tmp_path / "penn", 12, tokenizer_for(tmp_path / "out")
+        tmp_path / "out", read_all(tmp_path / "out"), tmp_path / "penn", 12, make_tokenizer("fsq")
     )
     assert joints == "joints of 12 samples: those of the labels, in the window of the frames"
 

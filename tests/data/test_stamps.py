@@ -179,15 +179,15 @@ def copied(videos, tmp_path):
 
 
 def counted(monkeypatch):
-    """The names of videos that are tokenised from now on."""
+    """The names of videos that are tokenized from now on."""
     done = []
-    original = prepare_module.tokenise_video
+    original = prepare_module.tokenize_video
 
     def count(video, options):
         done.append(video.name)
         return original(video, options)
 
-    monkeypatch.setattr(prepare_module, "tokenise_video", count)
+    monkeypatch.setattr(prepare_module, "tokenize_video", count)
     return done
 
 
@@ -215,7 +215,7 @@ def test_a_frame_of_equal_size_and_time_is_seen(copied, prepared, tmp_path, monk
     assert tree(out) == tree(tmp_path / "anew")
 
 
-def test_a_copy_of_the_videos_is_read_but_not_tokenised_again(copied, tmp_path, monkeypatch):
+def test_a_copy_of_the_videos_is_read_but_not_tokenized_again(copied, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare(copied, out, progress=False)
     done = counted(monkeypatch)

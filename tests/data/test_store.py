@@ -45,7 +45,6 @@ def test_rows_and_batches(tmp_path):
     assert len(store) == 7
     assert store.tokens.dtype == np.uint16
     assert isinstance(store.tokens, np.memmap)
-    assert store.lengths is None
     assert store.pids == tuple(f"{number:06d}" for number in range(7))
     np.testing.assert_array_equal(store.tokens, expected(rgb, coords))
     for rows in ([3, 0, 3], np.array([3, 0, 3]), torch.tensor([3, 0, 3])):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
+from m4kernels.cases import M4_MASKING as M4
 
-M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
 SMALL = MaskingSpec((5, 9, 1, 17), (0.3, 2.0, 5.0, 1.0), (1.0, 0.05, 0.0, 10.0), (0, 20), (1, 30))
 SPECS = {
     "m4": M4,

@@ -34,18 +34,6 @@ class Usage(NamedTuple):
     stack: int  # bytes of local memory, into which registers would be spilled
 
 
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, with setuptools.setup switched off."""
-    import setuptools
-
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("m4_setup", REPOSITORY / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def find_cuobjdump() -> str:
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
     triton = importlib.util.find_spec("triton")
@@ -107,6 +95,7 @@ def test_compiles_without_warnings_and_without_contraction(source: str, tmp_path
     command = [
         nvcc,
         *build.NVCC_FLAGS,
+        f"-I{REPOSITORY / 'csrc'}",
         "-Werror",
         "all-warnings",
         "-arch=compute_90",

@@ -5,7 +5,6 @@ test_mask_tokens_triton.py.
 """
 
 import hashlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,16 +26,9 @@ from tests.ops.masking import (
 )
 from tests.ops.targets import targets
 
+# Plain PyTorch is slow when it shares busy cores with other threads; tests of threads set their own.
+pytestmark = pytest.mark.usefixtures("one_thread")
 Target = tuple[str, str]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Plain PyTorch is slow when it shares busy cores with other threads; tests of threads set their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check_equals_reference(target: Target, name: str, ragged: bool, batches: tuple[int, ...]) -> None:

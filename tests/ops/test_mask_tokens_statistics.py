@@ -1,8 +1,6 @@
 """Distribution of mask_tokens' draws. Seeds are fixed, so nothing flakes: a bound of 5 standard errors, or a p-value of
 1e-4, is met once and for all."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -11,16 +9,9 @@ from torch import Tensor
 
 from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS
+from m4kernels.cases import M4_MASKING as M4
 
-M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw(spec: MaskingSpec, batch: int, seed: int = 0) -> MaskedBatch:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from m4kernels import (
-    MaskingSpec,
     cross_modal_attention,
     dequantize_coords,
     linear_cross_entropy,
@@ -16,10 +15,10 @@ from m4kernels import (
     quantize_coords,
 )
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS, m4_counts
+from m4kernels.cases import M4_MASKING as M4
 from m4kernels.dispatch import unavailable
 from m4kernels.segments import MaskedBatch, Segments
 
-M4 = MaskingSpec((256, 39, 256, 39), (1.5, 1.5, 0.5, 0.5), (0.5, 0.5, 1.5, 1.5), (96, 256), (39, 256))
 ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CPP = pytest.param("cpp", "cpu", id="cpp")
 

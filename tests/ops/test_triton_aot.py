@@ -86,6 +86,17 @@ def test_a_breached_gate_fails(tmp_path: Path) -> None:
         assert len(re.findall(rf"^{name} .*{verdict}", done.stdout, re.M)) == 3, done.stdout
 
 
+def test_ceilings_of_versions_name_launches() -> None:
+    """No ceiling outlives the launch that it was made for."""
+    program = """
+from m4kernels.aot import VERSION_CEILINGS, discover
+known = {(op, case.name, arch) for op, cases in discover().items() for case in cases for arch in case.architectures}
+print(sorted(set(VERSION_CEILINGS) - known))
+"""
+    done = run("-c", program)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_refusals_say_why() -> None:
     done = run("-m", "m4kernels.aot", interpret=True)
     assert done.returncode == 2

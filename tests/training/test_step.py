@@ -215,7 +215,6 @@ def test_rows_of_a_resident_store_are_those_of_the_file(config):
         tokens = table.tokens(rows, torch.from_numpy(rows))
         assert tokens.dtype == torch.uint16
         np.testing.assert_array_equal(tokens.numpy(), expected)
-        assert table.lengths(rows) is None
 
 
 def test_training_as_on_a_gpu(config, monkeypatch):

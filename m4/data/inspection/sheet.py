@@ -10,24 +10,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from m4.data.checks import check_whole
-from m4.data.framing import CANVAS, frame_for
-from m4.data.inspection.statistics import Split, read_all, read_pairs
-from m4.data.layout import BINS, SHAPES, read_meta
+from m4.data.framing import frame_for
+from m4.data.inspection.dataset_statistics import Split, read_all, read_pairs
+from m4.data.layout import read_meta
 from m4.data.penn_action import open_video
 from m4.data.preparation.tokenize_video import joint_tokens
-from m4.data.tokenizers import ImageTokenizer, make_tokenizer
+from m4.data.tokenizers import ImageTokenizer, tokenizer_of
 from m4.errors import data_error
+from m4.modalities import BINS, CANVAS, NEXT, REFERENCE, TOKEN_SHAPES
 from m4.pictures.sheets import contact_sheet
 from m4.pictures.skeleton import draw_skeleton
 from m4kernels import dequantize_coords
 
 _STRIP, _PAPER, _INK = 18, (250, 250, 248), (70, 70, 76)
-
-
-def tokenizer_for(root: Path, name: str | None = None, cosmos_dir: str | None = None) -> ImageTokenizer:
-    """The image tokenizer ``name``, or that which meta.json names, or fsq."""
-    options = read_meta(root).get("options", {})
-    return make_tokenizer(name or options.get("tokenizer", "fsq"), cosmos_dir, options.get("cosmos_dtype"))
 
 
 def draw_sheet(
@@ -38,18 +33,18 @@ def draw_sheet(
     Raises DataError for a root without pictures or joints, or a sample that cannot be read or decoded.
     """
     root = Path(root)
-    return sheet_of(root, read_all(root), samples, tokenizer_for(root, tokenizer, cosmos_dir))
+    return sheet_of(root, read_all(root), samples, tokenizer_of(read_meta(root), tokenizer, cosmos_dir))
 
 
 def sheet_of(root: Path, splits: list[Split], samples: int, tokenizer: ImageTokenizer) -> Image.Image:
     """`draw_sheet` of splits that have been read."""
     chosen = _choose(splits, samples)
     for split in splits:
-        lacking = [modality for modality in SHAPES if modality not in split.tokens]
+        lacking = [modality for modality in TOKEN_SHAPES if modality not in split.tokens]
         if lacking:
             raise data_error(
                 root / split.name,
-                expected=f"the modalities {', '.join(SHAPES)} for a contact sheet",
+                expected=f"the modalities {', '.join(TOKEN_SHAPES)} for a contact sheet",
                 actual=f"no {', '.join(lacking)}",
                 remedy="Use --no-sheet for the statistics alone.",
             )
@@ -63,8 +58,8 @@ def sheet_of(root: Path, splits: list[Split], samples: int, tokenizer: ImageToke
             f"{video}:{frames[1]}" if video else "",
         ]
         pictures = []
-        for pixels, joints, title in (("tok_rgb", "coords", titles[0]), ("tok_rgb_next", "coords_next", titles[1])):
-            image = tokenizer.decode(split.tokens[pixels][row].reshape(1, *SHAPES[pixels]))[0]
+        for (pixels, joints), title in zip((REFERENCE, NEXT), titles, strict=True):
+            image = tokenizer.decode(split.tokens[pixels][row].reshape(1, *TOKEN_SHAPES[pixels]))[0]
             xy, visible = dequantize_coords(
                 torch.from_numpy(split.tokens[joints][row]), canvas=float(CANVAS), bins=BINS
             )
@@ -99,9 +94,9 @@ def compare_with_frames(
         joints = label.x[reference], label.y[reference], label.visible[reference]
         framing = frame_for((image.size[1], image.size[0]), *joints, meta["options"]["framing"])
         same = True
-        for number, pixels, name in zip(numbers, ("tok_rgb", "tok_rgb_next"), ("coords", "coords_next"), strict=True):
+        for number, (pixels, name) in zip(numbers, (REFERENCE, NEXT), strict=True):
             window = np.asarray(framing.apply_image(video.image(number - 1)), np.float64)
-            decoded = tokenizer.decode(split.tokens[pixels][row].reshape(1, *SHAPES[pixels]))[0]
+            decoded = tokenizer.decode(split.tokens[pixels][row].reshape(1, *TOKEN_SHAPES[pixels]))[0]
             quality.append(10 * np.log10(255**2 / max(float(((window - decoded) ** 2).mean()), 1e-9)))
             expected = joint_tokens(label, number - 1, framing).ravel()
             same &= bool((split.tokens[name][row] == expected).all())

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from m4.data.checks import MAX_NAME
-from m4.data.layout import BINS, FORMAT, SHAPES, SPLITS, UNFINISHED, content_digest, read_meta
+from m4.data.layout import FORMAT, SPLITS, UNFINISHED, content_digest, read_meta
 from m4.data.split import FRACTIONS, divide
 from m4.errors import data_error
 from m4.files import write_atomically
+from m4.modalities import TABLE, TOKEN_SHAPES
 
 VIDEOS = ".videos"  # folder of finished videos below the output
 _STAGE = ".stage"
@@ -141,7 +142,7 @@ def _write_samples(stage: Path, done: Path, record: dict, names: list[str]) -> t
         for row, (reference, successor) in enumerate(columns["pairs"].tolist()):
             pid = f"{number:06d}"
             table.writerow((pid, name, reference, successor))
-            for modality in SHAPES:
+            for modality in TOKEN_SHAPES:
                 buffer = io.BytesIO()
                 np.save(buffer, columns[modality][row])
                 write(modality, pid, f"{modality}.npy", buffer.getvalue())
@@ -162,14 +163,15 @@ def _write_samples(stage: Path, done: Path, record: dict, names: list[str]) -> t
 
 
 def _meta(record: dict, tokenizer: dict, names: list[str], splits: dict[str, int], fractions: Sequence[float]) -> dict:
-    sizes = {"coords": BINS, "coords_next": BINS}
+    def vocab_size(name: str) -> int:
+        return tokenizer["vocab_size"] if TABLE[name].kind == "image" else TABLE[name].vocab_size
+
     return {
         "format": FORMAT,
         "options": record,
         "tokenizer": tokenizer,
         "modalities": {
-            modality: {"shape": list(shape), "vocab_size": sizes.get(modality, tokenizer["vocab_size"])}
-            for modality, shape in SHAPES.items()
+            name: {"shape": list(shape), "vocab_size": vocab_size(name)} for name, shape in TOKEN_SHAPES.items()
         },
         "fractions": list(fractions),
         "videos": len(names),

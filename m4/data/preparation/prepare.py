@@ -26,7 +26,7 @@ from m4.data.penn_action import list_videos, open_video
 from m4.data.preparation.assemble import VIDEOS, assemble, pack_video, video_path, work_path
 from m4.data.preparation.done import content_of, is_done, made_of, remember, status_of
 from m4.data.preparation.options import SPLIT_OPTIONS, PrepareOptions
-from m4.data.preparation.tokenize_video import shared_captioner, shared_tokenizer, tokenise_video
+from m4.data.preparation.tokenize_video import shared_captioner, shared_tokenizer, tokenize_video
 from m4.data.split import FRACTIONS, UNITS, check_split
 from m4.data.workers import for_each
 from m4.errors import DataError, data_error
@@ -87,8 +87,8 @@ def prepare(
         _claim(out, options, identity)
         write_atomically(done / _LIST, json.dumps(names).encode())
     with locked(done / f".shard-{index}-of-{count}.lock", str(out)):
-        mine = [name for name in names[index::count] if not is_done(source, done, name)]
-        for_each("prepare", partial(_do_video, source, done, options), mine, workers, progress)
+        pending = [name for name in names[index::count] if not is_done(source, done, name)]
+        for_each("prepare", partial(_do_video, source, done, options), pending, workers, progress)
     with locked(out / LOCK, str(out)):
         return _finish(out, source, names, FRACTIONS)
 
@@ -125,7 +125,7 @@ def merge(
         return _finish(out, out, names, fractions)
 
 
-def _finish(out: Path, where: Path, names: list[str], fractions: Sequence[float]) -> Summary:
+def _finish(out: Path, source: Path, names: list[str], fractions: Sequence[float]) -> Summary:
     """Lay out the samples, if every video is done. The caller holds the lock of ``out``."""
     done = out / VIDEOS
     bad = {name: _bad_path(done, name).read_text("utf-8") for name in names if _bad_path(done, name).exists()}
@@ -134,7 +134,7 @@ def _finish(out: Path, where: Path, names: list[str], fractions: Sequence[float]
     if len(bad) == len(names):
         name, reason = next(iter(shown.items()))
         raise data_error(
-            where,
+            source,
             expected="at least one usable video",
             actual=f"{len(bad)} of {len(bad)} bad, the first being {name}: {reason}",
             remedy="Mend the videos and run this again.",
@@ -160,12 +160,12 @@ def _claim(out: Path, options: PrepareOptions, tokenizer: dict) -> None:
     path = out / VIDEOS / _CLAIM
     claim = {"options": options.record(), "tokenizer": tokenizer}
     if not path.exists():
-        strangers = [name for name in (*SPLITS, "meta.json") if (out / name).exists()]
-        if strangers:
+        foreign = [name for name in (*SPLITS, "meta.json") if (out / name).exists()]
+        if foreign:
             raise data_error(
                 out,
                 expected="an empty folder",
-                actual=f"{', '.join(strangers)} of other data",
+                actual=f"{', '.join(foreign)} of other data",
                 remedy="Choose another --out.",
             )
     else:
@@ -212,7 +212,7 @@ def _do_video(source: Path, done: Path, options: PrepareOptions, name: str) -> N
         status.settle()
         content = content_of(source, video)
         if made_of(done, name) != content:
-            arrays = tokenise_video(video, options)
+            arrays = tokenize_video(video, options)
             write_atomically(path, pack_video({**arrays, "content": np.array(content)}))
         # Files that changed while they were read are looked at again by the next run.
         unchanged = status_of(source, video).hexdigest() == status.hexdigest()

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from m4.data.framing import CANVAS, Framing, frame_for
-from m4.data.layout import BINS, NUM_JOINTS, SHAPES
+from m4.data.framing import Framing, frame_for
 from m4.data.penn_action import Label, Video
 from m4.data.preparation.captions import BlipCaptioner, label_caption
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.pairs import find_pairs
 from m4.data.tokenizers import ImageTokenizer, make_tokenizer
+from m4.modalities import BINS, CANVAS, NUM_JOINTS, TABLE, TOKEN_SHAPES
 from m4kernels import quantize_coords
 
 _BATCH = 16  # pairs tokenised together
@@ -33,18 +33,18 @@ def shared_captioner(options: PrepareOptions) -> BlipCaptioner:
     return BlipCaptioner(options.blip_dir)
 
 
-def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarray]:
-    """All P pairs of a video: ``pairs`` int32 (P, 2), frame numbers from 1; the four arrays of SHAPES; ``captions``.
+def tokenize_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarray]:
+    """All P pairs of a video: ``pairs`` int32 (P, 2), frame numbers from 1; tokens (P, *TOKEN_SHAPES); ``captions``.
 
     Both frames of a pair are cut by the framing of the reference. Raises DataError for a frame that cannot be used.
     """
     label = video.label
     tokenizer = shared_tokenizer(options)
-    columns: dict[str, list] = {name: [] for name in (*SHAPES, "pairs", "captions")}
+    columns: dict[str, list] = {name: [] for name in (*TOKEN_SHAPES, "pairs", "captions")}
     windows: list[np.ndarray] = []
     references: list[Image.Image] = []  # whole frames, for BLIP
 
-    def work_off() -> None:
+    def encode_windows() -> None:
         if not windows:
             return
         grids = tokenizer.encode(np.stack(windows)).astype(np.int32)
@@ -68,11 +68,11 @@ def tokenise_video(video: Video, options: PrepareOptions) -> dict[str, np.ndarra
         elif options.captions == "blip":
             references.append(image)
         if len(windows) == 2 * _BATCH:
-            work_off()
-    work_off()
+            encode_windows()
+    encode_windows()
     arrays: dict[str, np.ndarray] = {}
-    for name, shape in SHAPES.items():
-        dtype = np.uint16 if name.startswith("coords") else np.int32
+    for name, shape in TOKEN_SHAPES.items():
+        dtype = np.uint16 if TABLE[name].kind == "joints" else np.int32
         arrays[name] = np.array(columns[name], dtype=dtype).reshape(-1, *shape)
     arrays["pairs"] = np.array(columns["pairs"], dtype=np.int32).reshape(-1, 2)
     if options.captions != "none":
@@ -94,15 +94,15 @@ def joint_tokens(label: Label, frame: int, framing: Framing) -> np.ndarray:
 
 
 def _walk(video: Video, threshold: float) -> Iterator[tuple[int, int, Image.Image, Image.Image]]:
-    """The pairs with their images, of which only the reference and the newest are held."""
-    held: dict[str, Image.Image] = {}
+    """The pairs with their images, of which only the reference and the newest are kept."""
+    images: dict[str, Image.Image] = {}
 
     def gray() -> Iterator[np.ndarray]:
         for number in range(len(video.frames)):
-            held["newest"] = video.image(number)
-            held.setdefault("reference", held["newest"])
-            yield np.asarray(held["newest"].convert("L"))
+            images["newest"] = video.image(number)
+            images.setdefault("reference", images["newest"])
+            yield np.asarray(images["newest"].convert("L"))
 
     for reference, successor in find_pairs(gray(), threshold):
-        yield reference, successor, held["reference"], held["newest"]
-        held["reference"] = held["newest"]
+        yield reference, successor, images["reference"], images["newest"]
+        images["reference"] = images["newest"]

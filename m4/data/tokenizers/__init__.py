@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from m4.data.tokenizers.base import ImageTokenizer
 from m4.errors import data_error
@@ -28,4 +30,15 @@ def make_tokenizer(
     raise data_error("tokenizer", expected=" or ".join(TOKENIZERS), actual=repr(name), remedy="Choose one of these.")
 
 
-__all__ = ["TOKENIZERS", "ImageTokenizer", "make_tokenizer"]
+def tokenizer_of(
+    meta: Mapping[str, Any], name: str | None = None, cosmos_dir: str | os.PathLike | None = None
+) -> ImageTokenizer:
+    """The image tokenizer that the data with this meta.json was prepared with; fsq where it does not say (``{}``).
+
+    name: another tokenizer instead. Raises DataError as `make_tokenizer` does.
+    """
+    options = meta.get("options", {})
+    return make_tokenizer(name or options.get("tokenizer", "fsq"), cosmos_dir, options.get("cosmos_dtype"))
+
+
+__all__ = ["TOKENIZERS", "ImageTokenizer", "make_tokenizer", "tokenizer_of"]

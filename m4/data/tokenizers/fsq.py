@@ -47,12 +47,12 @@ class FSQTokenizer:
         down = np.einsum("bikjc,k->bijc", rows[:, :, :, 0], _WEIGHTS).astype(np.float64) @ _RGB_TO_YCC[0] / norm
         luma = np.clip(np.floor(mean[..., 0] * _LUMA_LEVELS / 256), 0, _LUMA_LEVELS - 1).astype(np.int64)
         levels = (
-            _quantise(mean[..., 1], _CHROMA_REACH, -3, 4),
-            _quantise(mean[..., 2], _CHROMA_REACH, -3, 4),
+            _quantize(mean[..., 1], _CHROMA_REACH, -3, 4),
+            _quantize(mean[..., 2], _CHROMA_REACH, -3, 4),
             luma // LEVELS[3],
             luma % LEVELS[3],
-            _quantise(across, _SLOPE_REACH, -2, 2),
-            _quantise(down, _SLOPE_REACH, -2, 2),
+            _quantize(across, _SLOPE_REACH, -2, 2),
+            _quantize(down, _SLOPE_REACH, -2, 2),
         )
         return sum(level * base for level, base in zip(levels, BASIS, strict=True))
 
@@ -61,21 +61,21 @@ class FSQTokenizer:
         tokens = check_tokens(tokens, self.vocab_size)
         levels = [tokens // base % count for base, count in zip(BASIS, LEVELS, strict=True)]
         luma = (levels[2] * LEVELS[3] + levels[3] + 0.5) * (256 / _LUMA_LEVELS)
-        across, down = (_dequantise(level - 2, _SLOPE_REACH, 2) for level in levels[4:])
+        across, down = (_dequantize(level - 2, _SLOPE_REACH, 2) for level in levels[4:])
         blend, ramp, linear = _BLEND, _RAMP, _LINEAR
         planes = blend @ luma @ blend.T + blend @ across @ ramp.T + ramp @ down @ blend.T
-        chroma = [linear @ _dequantise(level - 3, _CHROMA_REACH, 3) @ linear.T for level in levels[:2]]
+        chroma = [linear @ _dequantize(level - 3, _CHROMA_REACH, 3) @ linear.T for level in levels[:2]]
         rgb = np.stack([planes, *chroma], axis=-1) @ _YCC_TO_RGB.T
         return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
 
 
-def _quantise(value: np.ndarray, reach: float, lowest: int, highest: int) -> np.ndarray:
+def _quantize(value: np.ndarray, reach: float, lowest: int, highest: int) -> np.ndarray:
     """Level number from 0, on a scale whose steps grow exponentially from zero; ``reach`` is the level -lowest."""
     scaled = np.log1p(_GROWTH * np.abs(value) / reach) / np.log1p(_GROWTH) * -lowest
     return (np.clip(np.rint(np.sign(value) * scaled), lowest, highest) - lowest).astype(np.int64)
 
 
-def _dequantise(level: np.ndarray, reach: float, count: int) -> np.ndarray:
+def _dequantize(level: np.ndarray, reach: float, count: int) -> np.ndarray:
     """The inverse, for signed levels of which ``count`` reaches ``reach``."""
     return np.sign(level) * np.expm1(np.abs(level) / count * np.log1p(_GROWTH)) * reach / _GROWTH
 

@@ -10,11 +10,13 @@ import scipy.io
 from PIL import Image
 
 from m4.data.__main__ import main
-from m4.data.inspection.sheet import compare_with_frames, draw_sheet, tokenizer_for
-from m4.data.inspection.statistics import read_all, statistics
-from m4.data.layout import SHAPES
+from m4.data.inspection.dataset_statistics import read_all, statistics
+from m4.data.inspection.sheet import compare_with_frames, draw_sheet
+from m4.data.layout import read_meta
 from m4.data.split import split_output_dataset
+from m4.data.tokenizers import tokenizer_of
 from m4.errors import DataError
+from m4.modalities import TOKEN_SHAPES
 
 SPLITS = ("train", "eval", "test")
 
@@ -43,7 +45,7 @@ def test_counts_and_tokens_of_a_known_set(tmp_path):
     coords[:, 0], coords[:, 1] = 8191, 4000
     coords[:2, 2, :4] = 1
     for number in range(3):
-        for modality in SHAPES:
+        for modality in TOKEN_SHAPES:
             path = tmp_path / "eval" / modality / f"{number:06d}"
             path.mkdir(parents=True)
             np.save(path / "x.npy", (rgb if modality.startswith("tok") else coords)[number])
@@ -85,7 +87,7 @@ def test_leaks_and_copies_are_found(root):
     assert "5 in more than one split such as 0001; split with --unit video" in text
     # A copy of one sample in another split.
     first, other = (next(path.name for path in sorted((root / split / "coords").iterdir())) for split in SPLITS[:2])
-    for modality in SHAPES:
+    for modality in TOKEN_SHAPES:
         shutil.rmtree(folder(root, modality, other))
         shutil.copytree(folder(root, modality, first), root / "eval" / modality / other)
     text = statistics(root)
@@ -100,18 +102,18 @@ def test_copied_videos_are_found(root):
     mine, theirs = ([row["pid"] for row in table if row["video"] == video] for video in ("0001", "0002"))
     count = min(len(mine), len(theirs))
     for a, b in zip(mine[:count], theirs[:count], strict=True):
-        for modality in SHAPES:
+        for modality in TOKEN_SHAPES:
             for path in folder(root, modality, b).iterdir():
                 shutil.copy(next(folder(root, modality, a).iterdir()), path)
     for extra in mine[count:] + theirs[count:]:
-        for modality in (*SHAPES, "captions"):
+        for modality in (*TOKEN_SHAPES, "captions"):
             shutil.rmtree(folder(root, modality, extra))
     assert "videos: 5, 1 copies of another such as 000" in statistics(root)
 
 
 def test_a_pid_in_two_splits_and_one_without_a_row(root):
     pid = next(path.name for path in (root / "train/coords").iterdir())
-    for modality in (*SHAPES, "captions"):
+    for modality in (*TOKEN_SHAPES, "captions"):
         shutil.copytree(root / "train" / modality / pid, root / "test" / modality / pid)
         shutil.copytree(root / "train" / modality / pid, root / "test" / modality / "900000")
     text = statistics(root)
@@ -120,7 +122,7 @@ def test_a_pid_in_two_splits_and_one_without_a_row(root):
 
 
 def test_quality_and_joints_against_the_frames(root, videos, tmp_path):
-    splits, tokenizer = read_all(root), tokenizer_for(root)
+    splits, tokenizer = read_all(root), tokenizer_of(read_meta(root))
     lines = compare_with_frames(root, splits, videos, 8, tokenizer)
     assert lines[0].startswith("round trip of 16 frames: PSNR 2")
     assert lines[1] == "joints of 8 samples: those of the labels, in the window of the frames"

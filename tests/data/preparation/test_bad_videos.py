@@ -201,7 +201,7 @@ def test_bugs_are_not_taken_for_bad_videos(copied, tmp_path, monkeypatch, bug):
     def fail(*_):
         raise bug("a bug of ours")
 
-    monkeypatch.setattr(prepare_module, "tokenise_video", fail)
+    monkeypatch.setattr(prepare_module, "tokenize_video", fail)
     with pytest.raises(bug, match="a bug of ours"):
         prepare(copied, tmp_path / "out", progress=False)
     assert not list(tmp_path.glob("out/.videos/*.bad"))

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m4.data.framing import CANVAS
-from m4.data.layout import BINS, SHAPES, content_digest, find_pids, find_splits, read_meta, token_file
+from m4.data.layout import content_digest, find_pids, find_splits, read_meta, token_file
 from m4.data.penn_action import JOINTS
 from m4.data.reading import read_rows
 from m4.errors import DataError, data_error
+from m4.modalities import BINS, CANVAS, TABLE, TOKEN_SHAPES, Modality, data_vocab_size
 from m4kernels import dequantize_coords
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -45,7 +45,7 @@ def read_split(root: Path, split: str, modalities: list[str]) -> Split:
     tokens, notes = {}, {}
     for modality in modalities:
         paths = [token_file(root / split / modality / pid).path for pid in pids]
-        tokens[modality], notes[modality] = read_rows(root, modality, paths, int(np.prod(SHAPES[modality])))
+        tokens[modality], notes[modality] = read_rows(root, modality, paths, TABLE[modality].length)
     captions = None
     if (root / split / "captions").is_dir():
         find_pids(root, split, [modalities[0], "captions"])
@@ -92,12 +92,12 @@ def describe(root: Path, splits: list[Split]) -> str:
     for split in splits:
         videos = {pairs[pid][0] for pid in split.pids if pid in pairs}
         lines.append(f"{split.name}: {len(split.pids)} samples" + (f" of {len(videos)} videos" if videos else ""))
-        for modality, values in split.tokens.items():
-            joints = modality.startswith("coords")
-            lines.append(f"  {modality}: {_usage(values, joints, _vocabulary(meta, modality))}")
-            if joints:
+        for name, values in split.tokens.items():
+            modality = TABLE[name]
+            lines.append(f"  {name}: {_usage(values, modality, data_vocab_size(name, meta))}")
+            if modality.kind == "joints":
                 lines += [f"    {line}" for line in _joints(values)]
-            lines += [f"    note: {note}" for note in split.notes[modality]]
+            lines += [f"    note: {note}" for note in split.notes[name]]
         if split.captions is not None:
             lines.append(f"  captions: {_captions(split.captions)}")
     lines += _duplicates(splits, pairs)
@@ -108,21 +108,16 @@ def describe(root: Path, splits: list[Split]) -> str:
 
 
 def _token_modalities(root: Path, split: str) -> list[str]:
-    present = [modality for modality in SHAPES if (root / split / modality).is_dir()]
+    present = [modality for modality in TOKEN_SHAPES if (root / split / modality).is_dir()]
     if not present:
         raise data_error(
-            root / split, expected=f"some of {', '.join(SHAPES)}", actual="none", remedy="Prepare the data again."
+            root / split, expected=f"some of {', '.join(TOKEN_SHAPES)}", actual="none", remedy="Prepare the data again."
         )
     return present
 
 
-def _vocabulary(meta: dict, modality: str) -> int:
-    default = BINS if modality.startswith("coords") else 64_000
-    return meta.get("modalities", {}).get(modality, {}).get("vocab_size", default)
-
-
-def _usage(rows: np.ndarray, joints: bool, vocabulary: int) -> str:
-    values = rows[:, : rows.shape[1] * 2 // 3] if joints else rows  # visibility is counted by itself
+def _usage(rows: np.ndarray, modality: Modality, vocabulary: int) -> str:
+    values = np.delete(rows, modality.visibility, axis=1)  # which is counted by itself
     ids, counts = np.unique(values, return_counts=True)
     share = counts / counts.sum()
     entropy = float(-(share * np.log(share)).sum())
@@ -201,11 +196,11 @@ def _duplicates(splits: list[Split], pairs: dict[str, tuple[str, int, int]]) -> 
         lines.append(f"WARNING: {len(across)} samples are in two splits, such as {first}/{pid} = {second}/{other}")
     if not pairs:
         return [*lines, "videos: no pairs.csv, so nothing is known of which samples share a video"]
-    leaked = sorted(video for video, homes in videos.items() if len(homes) > 1)
-    wholes: dict[bytes, list[str]] = defaultdict(list)
-    for video, homes in videos.items():
-        wholes[b"".join(digest for digests in homes.values() for digest in digests)].append(video)
-    copies = [names for names in wholes.values() if len(names) > 1]
+    leaked = sorted(video for video, by_split in videos.items() if len(by_split) > 1)
+    by_content: dict[bytes, list[str]] = defaultdict(list)
+    for video, by_split in videos.items():
+        by_content[b"".join(digest for digests in by_split.values() for digest in digests)].append(video)
+    copies = [names for names in by_content.values() if len(names) > 1]
     lines.append(
         f"videos: {len(videos)}, {sum(len(names) - 1 for names in copies)} copies of another"
         + (f" such as {' = '.join(copies[0][:2])}" if copies else "")

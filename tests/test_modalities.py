@@ -1,0 +1,86 @@
+"""The table of modalities, and where they stand in a row."""
+
+import pytest
+import torch
+
+from m4.config import TrainConfig
+from m4.modalities import NEXT, REFERENCE, SUCCESSORS, TABLE, TOKEN_SHAPES, RowLayout, data_vocab_size, modality_of
+
+OURS = ("tok_rgb", "coords", "tok_rgb_next", "coords_next")
+
+
+def test_table():
+    assert TOKEN_SHAPES == {"tok_rgb": (16, 16), "coords": (3, 13), "tok_rgb_next": (16, 16), "coords_next": (3, 13)}
+    assert [TABLE[name].vocab_size for name in OURS] == [64_000, 8192, 64_000, 8192]
+    assert SUCCESSORS == {"tok_rgb": "tok_rgb_next", "coords": "coords_next"}
+    assert all(TABLE[a].kind == TABLE[b].kind for a, b in SUCCESSORS.items())
+    for moment in (REFERENCE, NEXT):
+        assert [TABLE[name].kind for name in moment] == ["image", "joints"]
+    assert TABLE["captions"].kind == "text"
+    assert TABLE["captions"].length == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "kind", "shape"),
+    [
+        ("tok_rgb", 256, "image", (16, 16)),
+        ("tok_rgb", 8, "plain", (8,)),  # no grid of 16 x 16
+        ("coords_next", 39, "joints", (3, 13)),
+        ("coords", 6, "joints", (3, 2)),
+        ("coords", 40, "plain", (40,)),
+        ("coords_of_hands", 39, "plain", (39,)),  # begins like joints, which nobody said they are
+        ("captions", 77, "plain", (77,)),
+        ("depth", 256, "plain", (256,)),
+    ],
+)
+def test_modality_of_a_run(name, length, kind, shape):
+    modality = modality_of(name, length)
+    assert (modality.name, modality.kind, modality.shape, modality.length) == (name, kind, shape, length)
+    tokens = list(range(length))
+    if kind == "joints":
+        assert tokens[modality.coordinates] + tokens[modality.visibility] == tokens
+        assert len(tokens[modality.visibility]) == shape[1]
+    else:
+        assert tokens[modality.coordinates] == tokens[modality.visibility] == []
+
+
+def test_row_of_the_recipe():
+    config = TrainConfig()
+    layout = RowLayout.of(config)
+    assert [layout.span(name) for name in OURS] == [slice(0, 256), slice(256, 295), slice(295, 551), slice(551, 590)]
+    assert layout.length == 590
+    rows = torch.arange(590)
+    for m, name in enumerate(OURS):
+        span = layout.span(name)
+        assert (layout.modality_ids()[span] == m).all()
+        assert torch.equal(layout.positions()[span], torch.arange(config.max_seq_lens[m]))
+    assert rows[layout.ordinal()].tolist() == [*range(256, 282), *range(551, 577)]
+
+
+def test_row_of_another_order_and_names():
+    layout = RowLayout(("depth", "coords", "tok_rgb"), (2, 6, 3), (10, 9000, 70_000))
+    assert [layout.span(name) for name in layout.modalities] == [slice(0, 2), slice(2, 8), slice(8, 11)]
+    assert layout.ordinal().nonzero().flatten().tolist() == [2, 3, 4, 5]
+    assert layout.id_limits({}).tolist() == [10, 10, 8192, 8192, 8192, 8192, 2, 2, 64_000, 64_000, 64_000]
+    meta = {"modalities": {"depth": {"vocab_size": 7}, "coords": {"vocab_size": 100}}}
+    assert layout.id_limits(meta).tolist() == [7, 7, 100, 100, 100, 100, 2, 2, 64_000, 64_000, 64_000]
+    with pytest.raises(KeyError, match="coords_next: not among the modalities depth, coords, tok_rgb"):
+        layout.span("coords_next")
+
+
+def test_row_never_exceeds_the_vocabulary_of_the_model():
+    layout = RowLayout(OURS, (256, 39, 256, 39), (512, 1, 64_000, 65_536))
+    limits = layout.id_limits({"modalities": {"coords_next": {"vocab_size": 4096}}})
+    assert [limits[layout.span(name)].max().item() for name in OURS] == [512, 1, 64_000, 4096]
+
+
+@pytest.mark.parametrize(("names", "lengths"), [(("a", "b"), (1,)), (("a", "a"), (1, 1))])
+def test_row_that_is_none(names, lengths):
+    with pytest.raises(ValueError, match="expected different names, each with a length and a vocabulary"):
+        RowLayout(names, lengths, (4, 4))
+
+
+def test_vocabulary_of_data():
+    meta = {"modalities": {"coords": {"vocab_size": 1024}, "depth": {"vocab_size": 5}}}
+    names = ("coords", "coords_next", "depth", "other")
+    assert [data_vocab_size(name, meta) for name in names] == [1024, 8192, 5, 0]
