@@ -1,18 +1,20 @@
-"""From a configuration to the objects of a run: device, world, data, masks, model."""
+"""From a configuration to the objects of a run: data, masks, model."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import logging
 from pathlib import Path
 
 import torch
 
 from m4.config import TrainConfig
+from m4.data.sample_set import make_sample_set
 from m4.data.store import TokenStore, open_store
 from m4.errors import ConfigError
 from m4.model import M4, ModelConfig
 from m4kernels import MaskingSpec
+
+log = logging.getLogger(__name__)
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
@@ -32,7 +34,7 @@ def masking_spec(config: TrainConfig) -> MaskingSpec:
 
 
 def data_root(config: TrainConfig) -> Path:
-    """``data.root``, or the embedded sample set, which a process of its own makes if it is not there yet."""
+    """Where a run trains: ``data.root``, or the embedded sample set, which is made if it is not there yet."""
     if config.data.root is not None:
         root = Path(config.data.root)
         if not root.is_dir():
@@ -42,17 +44,12 @@ def data_root(config: TrainConfig) -> Path:
             )
         return root
     root = Path(config.data.sample_dir)
-    print(
-        f"data.root is null: training on the EMBEDDED SAMPLE SET in {root} (small, synthetic; set data.root to "
-        "train on your own data)",
-        file=sys.stderr,
-        flush=True,
+    log.info(
+        "data.root is null: training on the EMBEDDED SAMPLE SET in %s (small, synthetic; set data.root to train on "
+        "your own data)",
+        root,
     )
-    command = [sys.executable, "-m", "m4.data", "sample", "--out", str(root)]
-    done = subprocess.run(command, stdout=sys.stderr)
-    if done.returncode != 0:
-        raise ConfigError(f"data.sample_dir: {' '.join(command)} ended with status {done.returncode}")
-    return root
+    return make_sample_set(root)
 
 
 def open_split(config: TrainConfig, root: Path, split: str) -> TokenStore:

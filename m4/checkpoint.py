@@ -36,6 +36,7 @@ __all__ = [
     "load_weights",
     "newest_whole",
     "save_checkpoint",
+    "whole_checkpoint",
 ]
 
 log = logging.getLogger(__name__)
@@ -142,6 +143,11 @@ def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
         except CheckpointError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
     return None
+
+
+def whole_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint folder and its meta data. Raises CheckpointError if it is damaged, or none."""
+    return path, _read_meta(path)
 
 
 def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identity: RunIdentity) -> None:

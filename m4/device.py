@@ -46,17 +46,28 @@ class HeapTrimmer:
             self._last = time.monotonic()
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error."""
+def pick_device(name: str, key: str = "device") -> torch.device:
+    """``auto`` is the GPU where there is one; a device asked for by name and absent is an error.
+
+    Raises:
+        ConfigError: naming ``key``, the configuration's or an argument's; the GPU was tried with an allocation.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not DEVICE_NAME.fullmatch(name):
-        raise ConfigError(f"device: expected {DEVICE_NAMES}, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels are launched on the current device
+    match = DEVICE_NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"{key}: expected {DEVICE_NAMES}, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    if int(match[1] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{key}: {name} is not there ({torch.cuda.device_count()} CUDA devices); use cpu or auto")
+    try:
+        device = torch.device(name)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # kernels are launched on the current device
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {name} cannot be used: {str(error).splitlines()[0]}; use cpu") from error
     return device
 
 

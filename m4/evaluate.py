@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
+from m4.arguments import CommandParser, add_saved_run, whole
 from m4.cli import run_command
-from m4.errors import ConfigError
 from m4.evaluation.report import evaluate_run, report_table
+from m4.saved_run import SavedRun
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m m4.evaluate", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run directory, for example runs/M4-tiny")
-    parser.add_argument("--split", help="split to evaluate (default: the run's evaluation split)")
-    parser.add_argument("--device", help="cpu, cuda or auto (default: as the run was configured)")
+    parser = CommandParser(prog="python -m m4.evaluate", description=__doc__)
+    add_saved_run(parser)
+    parser.add_argument("--max-samples", type=whole(1), metavar="N", help="the first N of the split (default: all)")
     arguments = parser.parse_args()
-    if not arguments.run.is_dir():
-        raise ConfigError(f"--run: {arguments.run} is not a run directory")
-    print(report_table(evaluate_run(arguments.run, arguments.split, arguments.device)))
+    run = SavedRun.open(arguments.run, checkpoint=arguments.checkpoint, data=arguments.data, device=arguments.device)
+    print(report_table(evaluate_run(run, arguments.split, arguments.max_samples)))
     return 0
 
 

@@ -14,7 +14,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     Raises OSError naming ``path``, for instance for a full disk.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -26,6 +26,22 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def writable_file(path: str | os.PathLike) -> Path:
+    """Make sure that `write_atomically` will be able to write ``path``; its folder is made if need be.
+
+    Raises OSError naming ``path``.
+    """
+    path = Path(path)
+    probe = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    return path
 
 
 def writable_folder(path: str | os.PathLike) -> Path:
@@ -44,3 +60,7 @@ def writable_folder(path: str | os.PathLike) -> Path:
             remedy="Choose another folder, or change its permissions.",
         ) from error
     return path
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -6,64 +6,94 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from m4.build import build_model, data_root, open_split
-from m4.checkpoint import load_run, load_weights
+from m4.arguments import CommandParser, add_saved_run, check_picture_path, existing_folder, number, whole
 from m4.cli import run_command
 from m4.data.layout import require_meta
+from m4.data.store import TokenStore
 from m4.data.tokenizers import tokenizer_of
-from m4.device import pick_device
 from m4.errors import ConfigError
-from m4.generation.decode import generate
+from m4.files import write_atomically
+from m4.generation.decode import MAX_SEED, MAX_TEMPERATURE, generate
 from m4.generation.moments import check_moments, prediction_picture
 from m4.modalities import NEXT, REFERENCE, RowLayout
+from m4.pictures.sheets import picture_bytes, picture_endings
+from m4.saved_run import SavedRun
+
+_SAMPLES, _STEPS = 4, 12  # defaults
+_MAX_SAMPLES = 60  # a picture of more rows is taller than some formats allow, and than anyone looks at
+_SAMPLES_AT_ONCE = 4  # their logits over 64,000 ids are 0.3 GB
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    arguments = _arguments()
+    run = SavedRun.open(arguments.run, checkpoint=arguments.checkpoint, data=arguments.data, device=arguments.device)
+    layout = RowLayout.of(run.config)
+    check_moments(layout, run.folder)
+    _check_steps(arguments.steps, layout)
+    split = run.split_name(arguments.split)
+    meta = require_meta(run.root)
+    tokenizer = tokenizer_of(meta, cosmos_dir=arguments.cosmos_dir)
+    store = run.open_split(split)
+    rows = _spread(store, arguments.samples, split)
+    true = store.batch(rows).to(run.device)
+    model = run.model()
+    limits = layout.id_limits(meta).to(run.device)
+    ordinal = layout.ordinal().to(run.device)
+
+    def predicted(first: int) -> Tensor:
+        return generate(
+            model,
+            true[first : first + _SAMPLES_AT_ONCE],
+            given=REFERENCE,
+            wanted=NEXT,
+            id_limits=limits,
+            ordinal=ordinal,
+            steps=arguments.steps or _STEPS,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            first_sample=first,
+        )
+
+    parts = [predicted(first) for first in range(0, len(rows), _SAMPLES_AT_ONCE)]
+    picture = prediction_picture(true, torch.cat(parts), meta, run.config, tokenizer)
+    write_atomically(arguments.out, picture_bytes(picture, arguments.out.suffix))
+    print(f"wrote {arguments.out}: {len(rows)} samples of {run.checkpoint}")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = CommandParser(
         prog="python -m m4.generate", description="Predict the next frame and skeleton of samples and draw them."
     )
-    parser.add_argument("--run", type=Path, required=True, help="run directory, for example runs/M4-tiny")
+    add_saved_run(parser)
     parser.add_argument("--out", type=Path, required=True, help="picture to write, for example prediction.png")
-    parser.add_argument("--split", help="split to take samples from (default: the run's evaluation split)")
-    parser.add_argument("--samples", type=int, default=4, help="samples, spread over the split (default 4)")
-    parser.add_argument("--steps", type=int, default=12, help="decoding steps (default 12)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest; above: sampled")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    parser.add_argument("--device", help="cpu, cuda or auto (default: as the run was configured)")
-    parser.add_argument("--cosmos-dir", type=Path, help="folder of the Cosmos tokenizer, for data prepared with it")
+    help_text = f"samples, spread over the split (default {_SAMPLES}, at most {_MAX_SAMPLES})"
+    parser.add_argument("--samples", type=whole(1, _MAX_SAMPLES), help=help_text)
+    parser.add_argument("--steps", type=whole(1), help=f"decoding steps (default {_STEPS})")
+    temperature = "0 (default): the likeliest; above: sampled"
+    parser.add_argument("--temperature", type=number(0, MAX_TEMPERATURE), default=0.0, help=temperature)
+    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of the sampling (default 0)")
+    cosmos = "folder of the Cosmos tokenizer, for data prepared with it"
+    parser.add_argument("--cosmos-dir", type=existing_folder, help=cosmos)
     arguments = parser.parse_args()
-    if not arguments.run.is_dir():
-        raise ConfigError(f"--run: {arguments.run} is not a run directory")
-    if arguments.samples < 1:
-        raise ConfigError(f"--samples: expected at least 1, got {arguments.samples}")
-    config, checkpoint = load_run(arguments.run)
-    layout = RowLayout.of(config)
-    check_moments(layout, arguments.run)
-    device = pick_device(arguments.device or config.device)
-    root = data_root(config)
-    meta = require_meta(root)
-    store = open_split(config, root, arguments.split or config.data.eval_split)
-    model = build_model(config, device).eval()
-    load_weights(checkpoint, model)
-    rows = np.unique(np.linspace(0, len(store) - 1, arguments.samples).round().astype(int))
-    true = store.batch(rows).to(device)
-    predicted = generate(
-        model,
-        true,
-        given=REFERENCE,
-        wanted=NEXT,
-        id_limits=layout.id_limits(meta).to(device),
-        ordinal=layout.ordinal().to(device),
-        steps=arguments.steps,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-    )
-    picture = prediction_picture(true, predicted, meta, config, tokenizer_of(meta, cosmos_dir=arguments.cosmos_dir))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(arguments.out)
-    print(f"wrote {arguments.out}: {len(rows)} samples of {checkpoint}")
-    return 0
+    check_picture_path("--out", arguments.out, picture_endings())
+    return arguments
+
+
+def _check_steps(steps: int | None, layout: RowLayout) -> None:
+    tokens = sum(layout[name].length for name in NEXT)
+    if steps is not None and steps > tokens:
+        raise ConfigError(f"--steps: expected 1 … {tokens}, one for each token of {' and '.join(NEXT)}, got {steps}")
+
+
+def _spread(store: TokenStore, samples: int | None, split: str) -> np.ndarray:
+    """Rows of a split, evenly spaced."""
+    if samples is not None and samples > len(store):
+        raise ConfigError(f"--samples: expected 1 … {len(store)}, as many as the split {split} holds, got {samples}")
+    return np.unique(np.linspace(0, len(store) - 1, samples or _SAMPLES).round().astype(int))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import yaml
 
 from m4.config import DataSection, LogSection, ModelSection, TrainConfig
 from tests.runs import REPOSITORY, TINY, write_config, write_tokens
+from tests.saved_runs import save_run, saved_config, write_data
 
 # Without a GPU, Triton kernels are tested through Triton's interpreter. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
@@ -77,3 +78,15 @@ def tiny_train_config(tmp_path, token_root) -> TrainConfig:
 def config(tiny_train_config):
     """Vocabularies of different sizes, so that limits of classes are at work."""
     return dataclasses.replace(tiny_train_config, vocab_sizes=[64, 60, 64, 60])
+
+
+@pytest.fixture(scope="session")
+def picture_data(tmp_path_factory) -> Path:
+    """Tokens that pictures can be made of. Read only."""
+    return write_data(tmp_path_factory.mktemp("pictures") / "tokens", {"train": 5, "eval": 6})
+
+
+@pytest.fixture
+def saved_run(tmp_path, picture_data) -> Path:
+    """The folder of a run with two checkpoints, its data elsewhere."""
+    return save_run(saved_config(picture_data, tmp_path / "runs"))

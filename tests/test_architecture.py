@@ -19,17 +19,21 @@ ROOMS = [
     ["m4kernels"],
     ["m4"],  # the package itself, which imports nothing
     ["m4.errors"],
-    ["m4.files", "m4.modalities", "m4.device", "m4.distributed", "m4.pictures"],
+    ["m4.files", "m4.modalities", "m4.distributed", "m4.pictures"],
+    ["m4.device"],
     ["m4.data"],
     ["m4.data.synthetic"],
     ["m4.data.preparation"],
     ["m4.data.inspection", "m4.data.sample_set"],
     ["m4.model"],
+    ["m4.config_values"],
+    ["m4.config_yaml"],
     ["m4.compat"],
+    ["m4.schedule"],
     ["m4.config"],
-    ["m4.schedule", "m4.checkpoint", "m4.build"],
+    ["m4.checkpoint", "m4.build"],
     ["m4.batches", "m4.run"],
-    ["m4.cli"],
+    ["m4.cli", "m4.arguments", "m4.saved_run"],
     ["m4.generation"],
     ["m4.evaluation"],
     ["m4.training"],
@@ -52,8 +56,6 @@ LONG_FUNCTIONS = {
 }
 # Known faults of today, which others are mending; each goes when its mending comes.
 BEING_MENDED = {
-    ("m4.pictures.curves", "m4.run.metrics"),
-    ("m4.pictures.curves", "m4.errors"),
     ("m4kernels.ops.mask_tokens.make_tables", "m4kernels.ops.mask_tokens.tables"),
 }
 LONG_FUNCTIONS_BEING_MENDED = {"m4.train.train"}

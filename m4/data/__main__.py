@@ -5,50 +5,51 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
+from m4.arguments import CommandParser, check_picture_path, number, whole
+from m4.cli import exit_status, run_command
+from m4.data.checks import MAX_SEED, MAX_WORKERS
 from m4.data.framing import FRAMINGS
 from m4.data.inspection.dataset_statistics import describe, read_all
 from m4.data.inspection.sheet import compare_with_frames, sheet_of
-from m4.data.layout import read_meta
+from m4.data.layout import find_splits, read_meta
 from m4.data.penn_action import list_videos
 from m4.data.preparation.captions import CAPTIONS
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.pairs import SSIM_THRESHOLD
 from m4.data.preparation.prepare import Summary, merge, prepare
-from m4.data.sample_set import SAMPLE_VIDEOS, make_sample
+from m4.data.preparation.sample import SAMPLE_VIDEOS, make_sample
 from m4.data.split import FRACTIONS, UNITS, split_output_dataset
 from m4.data.synthetic.clips import SynthOptions
 from m4.data.synthetic.synth import synthesize
 from m4.data.tokenizers import TOKENIZERS, tokenizer_of
 from m4.device import DTYPES
+from m4.errors import ConfigError
+from m4.files import write_atomically
+from m4.pictures.sheets import picture_bytes, picture_endings
+
+_SEED, _WORKERS = whole(0, MAX_SEED), whole(1, MAX_WORKERS)
+_MAX_ON_SHEET = 600  # three columns of 200 rows are as tall as a JPEG may be
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with one line on stderr for a user's mistake, 130 when interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    """Run one command and return its status; see `m4.cli.exit_status`."""
+    return exit_status(partial(_run, arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except BrokenProcessPool as error:
-        return _fail(f"a worker process died ({error}); free some memory or lower --workers, and run this again")
     except OSError as error:
-        # A full disk does not say for which file.
-        subject = error.filename or getattr(options, "out", None) or getattr(options, "root", "input/output")
-        return _fail(f"{subject}: {error.strerror or error}")
-    except ValueError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+        if error.filename is None and error.errno is not None and not isinstance(error, BrokenPipeError):
+            # A full disk does not say for which file.
+            place = getattr(options, "out", None) or getattr(options, "root", "input/output")
+            raise OSError(error.errno, error.strerror, str(place)) from error
+        raise
     return 0
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 def _synth(options: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ def _rank() -> tuple[int, int]:
             f"{os.environ.get('WORLD_SIZE')!r}. Unset them, or name the shard with --shard i/n."
         ) from None
     if world > 1:
-        logging.getLogger(__name__).info("shard %d/%d, as torchrun's RANK and WORLD_SIZE say", rank, world)
+        logging.getLogger("m4.data").info("shard %d/%d, as torchrun's RANK and WORLD_SIZE say", rank, world)
     return rank, world
 
 
@@ -127,21 +128,27 @@ def _split(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     root = Path(options.root)
+    sheet = None if options.no_sheet else options.sheet or root / "contact_sheet.png"
+    if sheet is not None:
+        if options.samples > _MAX_ON_SHEET:
+            raise ConfigError(f"--samples: expected 1 … {_MAX_ON_SHEET} on one sheet, got {options.samples}")
+        find_splits(root)  # before a folder is made for the sheet
+        check_picture_path("--sheet", sheet, picture_endings())
     source = options.penn_action or (root / "videos" if (root / "videos/frames").is_dir() else None)
     if source is not None:
         list_videos(source)  # a wrong folder is found before any work
     splits = read_all(root)
     print(describe(root, splits))
-    if source is None and options.no_sheet:
+    if source is None and sheet is None:
         return
     tokenizer = tokenizer_of(read_meta(root), options.tokenizer, options.cosmos_dir)
     if source is not None:
         for line in compare_with_frames(root, splits, source, options.samples, tokenizer):
             print(line)
-    if not options.no_sheet:
-        path = options.sheet or root / "contact_sheet.png"
-        sheet_of(root, splits, options.samples, tokenizer).save(path)
-        print(f"contact sheet: {path}")
+    if sheet is not None:
+        picture = sheet_of(root, splits, options.samples, tokenizer)
+        write_atomically(sheet, picture_bytes(picture, sheet.suffix))
+        print(f"contact sheet: {sheet}")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -154,19 +161,19 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m m4.data", description="Make and look at training data.")
+    parser = CommandParser(prog="python -m m4.data", description="Make and look at training data.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     synth = commands.add_parser("synth", help="write animated videos in the Penn Action layout")
     synth.add_argument("--out", type=_path, required=True)
-    synth.add_argument("--videos", type=int, required=True)
+    synth.add_argument("--videos", type=whole(1), required=True)
     synth.add_argument("--poses", type=_path, help="folder of Penn Action labels to re-enact")
-    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--seed", type=_SEED, default=0)
     synth.add_argument("--frames", type=_frames, help="frames per video, N or FEWEST-MOST (with --poses: at most N)")
     synth.add_argument("--size", type=_size, help="frame size WxH; default a mixture of Penn Action's")
-    synth.add_argument("--scenes", type=int, default=SynthOptions.scenes, help="number of different backgrounds")
+    synth.add_argument("--scenes", type=whole(1), default=SynthOptions.scenes, help="number of different backgrounds")
     synth.add_argument("--steady", action="store_true", help="tripod cameras only")
-    synth.add_argument("--workers", type=int, default=1)
+    synth.add_argument("--workers", type=_WORKERS, default=1)
     synth.set_defaults(run=_synth)
 
     make = commands.add_parser("prepare", help="turn videos into token samples")
@@ -186,15 +193,15 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--framing", choices=FRAMINGS, default="subject")
     make.add_argument("--ssim-threshold", type=float, default=SSIM_THRESHOLD)
     make.add_argument("--split-unit", choices=UNITS, default="video")
-    make.add_argument("--seed", type=int, default=42)
-    make.add_argument("--workers", type=int, default=1)
+    make.add_argument("--seed", type=_SEED, default=42)
+    make.add_argument("--workers", type=_WORKERS, default=1)
     make.add_argument("--shard", type=_shard, help="i/n, i from 0: do every n-th video; default torchrun's rank")
     make.set_defaults(run=_prepare)
 
     split = commands.add_parser("split", help="merge shards, or divide samples into train, eval and test anew")
     split.add_argument("root", type=_path)
-    split.add_argument("--fractions", type=float, nargs=3, default=FRACTIONS, metavar=("TRAIN", "EVAL", "TEST"))
-    split.add_argument("--seed", type=int, help="default: that of prepare, or 42")
+    split.add_argument("--fractions", type=number(0, 1), nargs=3, default=FRACTIONS, metavar=("TRAIN", "EVAL", "TEST"))
+    split.add_argument("--seed", type=_SEED, help="default: that of prepare, or 42")
     split.add_argument("--unit", choices=UNITS, help="default: that of prepare, or video")
     split.set_defaults(run=_split)
 
@@ -202,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("root", type=_path)
     inspect.add_argument("--sheet", type=_path, help="default ROOT/contact_sheet.png")
     inspect.add_argument("--no-sheet", action="store_true", help="statistics only")
-    inspect.add_argument("--samples", type=int, default=12, help="samples on the sheet and compared with frames")
+    inspect.add_argument("--samples", type=whole(1), default=12, help="samples on the sheet and compared with frames")
     inspect.add_argument("--penn-action", type=_path, help="the videos, to compare with; default ROOT/videos if there")
     inspect.add_argument("--tokenizer", choices=TOKENIZERS, help="default that of meta.json, or fsq")
     inspect.add_argument("--cosmos-dir", type=_home, help="folder with decoder.jit, for data made with cosmos")
@@ -210,8 +217,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = commands.add_parser("sample", help="make the embedded sample set")
     sample.add_argument("--out", type=_path, required=True)
-    sample.add_argument("--videos", type=int, default=SAMPLE_VIDEOS)
-    sample.add_argument("--workers", type=int, default=2)
+    sample.add_argument("--videos", type=whole(1), default=SAMPLE_VIDEOS)
+    sample.add_argument("--workers", type=_WORKERS, default=2)
     sample.set_defaults(run=_sample)
     return parser
 
@@ -247,4 +254,4 @@ def _frames(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

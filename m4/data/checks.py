@@ -7,6 +7,8 @@ from pathlib import Path
 
 from m4.errors import data_error
 
+MAX_SEED = 2**63 - 1
+MAX_WORKERS = max(64, 4 * (os.cpu_count() or 1))  # more would bring the machine down as they start
 MAX_NAME = 200  # bytes of a video's name: with endings, that of a temporary file must stay below 255
 
 
@@ -20,13 +22,13 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
 
 
 def check_seed(seed: object) -> None:
-    """Raises DataError unless ``seed`` is a whole number of at most 64 bits that is not negative."""
-    check_whole("seed", seed, 0, 2**64 - 1)
+    """Raises DataError unless ``seed`` is a whole number that is not negative, of 63 bits at most."""
+    check_whole("seed", seed, 0, MAX_SEED)
 
 
 def check_workers(workers: object) -> None:
-    """Raises DataError for no worker, or for so many that starting them would bring the machine down."""
-    check_whole("workers", workers, 1, max(64, 4 * (os.cpu_count() or 1)))
+    """Raises DataError unless ``workers`` is a whole number, 1 to MAX_WORKERS."""
+    check_whole("workers", workers, 1, MAX_WORKERS)
 
 
 def check_apart(out: Path, source: Path) -> None:

@@ -1,35 +1,33 @@
-"""The embedded sample set: animated videos, prepared with the embedded tokenizer. Everything on the spot, no download.
+"""The embedded sample set as training sees it: a folder that a process of its own makes, if it is not there yet.
 
-A handful of people and scenes filmed from tripods, so that a small model can learn in minutes what they look like;
-videos of the evaluation split show new motion of known people in known scenes.
+Of its own, so that training never loads the code that makes data (`m4.data.preparation.sample`).
 """
 
 from __future__ import annotations
 
-import logging
-import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
-from m4.data.preparation.options import PrepareOptions
-from m4.data.preparation.prepare import Summary, prepare
-from m4.data.synthetic.clips import SynthOptions
-from m4.data.synthetic.synth import synthesize
-
-SAMPLE_VIDEOS = 150
-_log = logging.getLogger(__name__)
+from m4.errors import DataError
 
 
-def make_sample(
-    out: str | os.PathLike, videos: int = SAMPLE_VIDEOS, workers: int = 2, progress: bool = True
-) -> Summary:
-    """Make the sample set of ``videos`` videos in ``out`` (tokens) and ``out/videos`` (frames and labels).
+def make_sample_set(root: Path) -> Path:
+    """Make the sample set in ``root`` with ``python -m m4.data sample``, or find it finished there.
 
-    A set that is finished is used as it stands; one that is not is continued. Raises DataError as synthesize and
-    prepare do, for instance for a folder that holds something else.
+    Raises DataError if that command fails, which has said why on stderr.
     """
-    out = Path(out)
-    options = SynthOptions(
-        videos=videos, seed=9, frames=(20, 28), size=(240, 320), scenes=4, people=6, steady=True, fps=8.0, noise=2.4
-    )
-    synthesize(out / "videos", options, workers=workers, progress=progress)
-    return prepare(out / "videos", out, PrepareOptions(framing="center"), workers=workers, progress=progress)
+    done = subprocess.run([sys.executable, "-m", *_arguments(root)], stdout=sys.stderr)
+    if done.returncode != 0:
+        raise DataError(f"data.sample_dir: {sample_command(root)} ended with status {done.returncode}")
+    return root
+
+
+def sample_command(root: Path) -> str:
+    """What makes the sample set, to be typed into a shell."""
+    return shlex.join(["python", "-m", *_arguments(root)])
+
+
+def _arguments(root: Path) -> list[str]:
+    return ["m4.data", "sample", "--out", str(root)]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from m4.build import open_split
 from m4.config import TrainConfig
+from m4.data.store import TokenStore
 from m4.device import autocast
 from m4.evaluation.unigram import Unigram, count_tokens, unigram_baseline
 from m4.model import M4
@@ -65,9 +64,8 @@ def evaluate(
     )
 
 
-def unigram_baselines(config: TrainConfig, root: Path, batches: Iterable[MaskedBatch]) -> dict[str, Unigram]:
-    """The training set's unigram figures on the very targets of ``batches``."""
-    train = open_split(config, root, config.data.train_split)
+def unigram_baselines(train: TokenStore, config: TrainConfig, batches: Iterable[MaskedBatch]) -> dict[str, Unigram]:
+    """The unigram figures of the training set ``train`` on the very targets of ``batches``."""
     train_counts = count_tokens(train, config.vocab_sizes, config.max_seq_lens)
     target_counts = [np.zeros(size, dtype=np.int64) for size in config.vocab_sizes]
     for batch in batches:

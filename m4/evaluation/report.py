@@ -1,31 +1,56 @@
-"""What an evaluation of a run says: evaluation.json and a table."""
+"""What an evaluation of a run says: evaluation-SPLIT.json and a table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from m4.batches.masked import fixed_batches
-from m4.build import build_model, data_root, masking_spec, open_split
-from m4.checkpoint import load_run, load_weights
-from m4.device import pick_device
+from m4.build import masking_spec
 from m4.evaluation.losses import evaluate, unigram_baselines
-from m4.files import write_atomically
+from m4.evaluation.unigram import Unigram
+from m4.files import writable_file, write_atomically
+from m4.saved_run import SavedRun
 from m4kernels import MaskedBatch
 
+log = logging.getLogger(__name__)
 
-def evaluate_run(run_dir: Path, split: str | None, device_name: str | None) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run on a whole split; the result is also written to evaluation.json."""
-    config, checkpoint = load_run(run_dir)
-    device = pick_device(device_name or config.device)
-    root = data_root(config)
-    split = split or config.data.eval_split
-    store = open_split(config, root, split)
-    model = build_model(config, device).eval()
-    load_weights(checkpoint, model)
+
+def report_path(run_dir: Path, split: str) -> Path:
+    """Where the evaluation of a split is written."""
+    return run_dir / f"evaluation-{split}.json"
+
+
+def evaluate_run(
+    run: SavedRun,
+    split: str | None = None,
+    max_samples: int | None = None,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint of a run on a split; the result is also written to evaluation-SPLIT.json in its folder.
+
+    Args:
+        split: default the run's evaluation split.
+        max_samples: evaluate the first of the split only; default all.
+        after_batch: called after each batch.
+    """
+    config = run.config
+    split = run.split_name(split)
+    path = writable_file(report_path(run.folder, split))
+    store, train = run.open_split(split), run.open_split(config.data.train_split)
+    if train.fingerprint != run.data_fingerprint:
+        log.warning(
+            "the split %s in %s is not what this run was trained on (other samples or tokens)",
+            config.data.train_split,
+            run.root,
+        )
+    log.info("evaluating %s on the split %s in %s", run.checkpoint, split, run.root)
+    model = run.model()
 
     def batches() -> Iterator[MaskedBatch]:
         return fixed_batches(
@@ -33,31 +58,40 @@ def evaluate_run(run_dir: Path, split: str | None, device_name: str | None) -> d
             masking_spec(config),
             seed=config.eval_seed,
             batch_size=config.batch_size,
-            max_samples=None,
-            device=device,
+            max_samples=max_samples,
+            device=run.device,
         )
 
-    result = evaluate(model, batches(), config, device)
-    baselines = unigram_baselines(config, root, batches())
+    result = evaluate(model, batches(), config, run.device, after_batch)
+    baselines = unigram_baselines(train, config, batches())
     losses = result.per_modality
     report = {
-        "run": str(run_dir),
-        "checkpoint": checkpoint.name,
+        "run": str(run.folder),
+        "checkpoint": run.checkpoint_name,
         "split": split,
+        "split_samples": len(store),
+        "data_root": str(run.root.resolve()),
         **asdict(result),
-        "unigram": {name: asdict(figures) for name, figures in baselines.items()},
+        "unigram": {name: _figures(baseline) for name, baseline in baselines.items()},
         "below_unigram": {
             name: loss is not None and loss < baselines[name].cross_entropy for name, loss in losses.items()
         },
     }
-    write_atomically(run_dir / "evaluation.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def _figures(baseline: Unigram) -> dict[str, float | None]:
+    """As JSON has them: what no target decides is null."""
+    return {name: value if math.isfinite(value) else None for name, value in asdict(baseline).items()}
 
 
 def report_table(report: dict[str, Any]) -> str:
     """The report as text, one line a modality."""
+    every = report["split_samples"]
+    samples = f"{every}" if report["samples"] == every else f"the first {report['samples']} of {every}"
     lines = [
-        f"{report['run']} {report['checkpoint']}, split {report['split']}: {report['samples']} samples, nats a token",
+        f"{report['run']} {report['checkpoint']}, split {report['split']}: {samples} samples, nats a token",
         f"{'modality':<14} {'targets':>8} {'model':>8} {'unigram':>8} {'gain':>8}   {'training-set entropy':>20}",
     ]
     for name, loss in report["per_modality"].items():

@@ -12,6 +12,10 @@ from m4.modalities import RowLayout
 from m4.model import M4
 from m4kernels import MaskedBatch, PackedTokens, Segments
 
+_SAMPLE_BITS = 20  # of the seed of a sample's generator; the rest, up to torch's 64 bits, is the seed
+MAX_SEED = (1 << (64 - _SAMPLE_BITS)) - 1
+MAX_TEMPERATURE = 1_000_000  # noise that float32 still holds beside -inf; ids are long since equally likely
+
 
 @torch.no_grad()
 def generate(
@@ -25,6 +29,7 @@ def generate(
     steps: int = 12,
     temperature: float = 0.0,
     seed: int = 0,
+    first_sample: int = 0,
 ) -> Tensor:
     """Fill in whole modalities by confidence-ordered parallel decoding (MaskGIT, Chang et al. 2022).
 
@@ -38,12 +43,14 @@ def generate(
         ordinal: bool (L,), where ids are steps of a scale: there temperature 0 takes the median of the predicted
             distribution, whose expected distance from the truth is least, instead of the likeliest id. Default nowhere.
         steps: forward passes, at least 1; each keeps at least one token of every sample.
-        temperature: 0 takes the likeliest id (or the median); above, ids and the order of keeping are sampled.
-        seed: with the sample's place in the batch, decides the sampling.
+        temperature: 0 takes the likeliest id (or the median); above, up to MAX_TEMPERATURE, ids and the order of
+            keeping are sampled.
+        seed: in 0 … MAX_SEED; with the sample's place, decides the sampling.
+        first_sample: place of the batch's first sample, where samples are decoded in several batches.
     Returns:
         int64 (B, L), ``tokens`` with the wanted modalities predicted.
     Raises:
-        ValueError: a modality is unknown, both given and wanted, or none is wanted; steps or temperature out of range.
+        ValueError: a modality is unknown, both given and wanted, or none is wanted; a number is out of range.
     """
     config = model.config
     names = list(config.modalities)
@@ -52,8 +59,7 @@ def generate(
         raise ValueError(
             f"given {list(given)}, wanted {list(wanted)}: expected different modalities of {names}, at least one wanted"
         )
-    if steps < 1 or temperature < 0:
-        raise ValueError(f"expected steps >= 1 and temperature >= 0, got steps {steps}, temperature {temperature}")
+    _check_numbers(steps, temperature, seed, first_sample, len(tokens))
     device = tokens.device
     layout = RowLayout.of(config)
     modality, position = layout.modality_ids().to(device), layout.positions().to(device)  # (L,)
@@ -68,7 +74,8 @@ def generate(
     missing = torch.isin(modality, torch.tensor([names.index(n) for n in wanted], device=device)).expand(tokens.shape)
     known, missing = known.clone(), missing.clone()  # bool (B, L)
     total = int(missing[0].sum())
-    generators = [torch.Generator().manual_seed((seed << 20) + sample) for sample in range(len(tokens))]
+    places_in_run = range(first_sample, first_sample + len(tokens))
+    generators = [torch.Generator().manual_seed((seed << _SAMPLE_BITS) + place) for place in places_in_run]
     left = total
     for step in range(steps):
         batch = MaskedBatch(
@@ -89,6 +96,17 @@ def generate(
         if left == 0:
             break
     return filled
+
+
+def _check_numbers(steps: int, temperature: float, seed: int, first_sample: int, samples: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"temperature: expected 0 … {MAX_TEMPERATURE}, got {temperature}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed: expected 0 … {MAX_SEED}, got {seed}")
+    if first_sample < 0 or first_sample + samples > 1 << _SAMPLE_BITS:
+        raise ValueError(f"first_sample: expected samples within 0 … {(1 << _SAMPLE_BITS) - 1}, got {first_sample}")
 
 
 def _pack(tokens: Tensor, chosen: Tensor, modality: Tensor, position: Tensor, modalities: int) -> PackedTokens:

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from m4.errors import ConfigError
-from m4.run.metrics import METRICS_FILE, read_metrics
+FIGURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
+
+Line = Mapping[str, Any]
 
 
-def loss_curves(run_dir: Path) -> Figure:
+def loss_curves(train: Sequence[Line], evaluations: Sequence[Line], unigram: Mapping[str, float]) -> Figure:
     """One panel a modality and one for the mean: training and evaluation loss over counted tokens.
 
-    If the run has an evaluation.json, the unigram cross-entropy it reports is drawn as a line.
-
-    Raises:
-        ConfigError: the run has no metrics yet.
+    Args:
+        train, evaluations: lines with ``tokens`` (millions of counted tokens), ``loss`` and ``per_modality`` (name →
+            loss, None for a modality without a target); at least one of training.
+        unigram: name → cross-entropy of the training set's unigram distribution, drawn as a level.
     """
-    lines = read_metrics(run_dir / METRICS_FILE)
-    train = [line for line in lines if line["kind"] == "train"]
-    evaluations = [line for line in lines if line["kind"] == "eval"]
-    if not train:
-        raise ConfigError(f"{run_dir / METRICS_FILE}: holds no training step yet; train the run first")
-    report = run_dir / "evaluation.json"
-    unigram = json.loads(report.read_text())["unigram"] if report.exists() else {}
     names = list(train[0]["per_modality"])
-
     figure = Figure(figsize=(4 * (len(names) + 1), 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names) + 1), ["mean", *names], strict=True):
-
-        def value(line: dict, name: str = name) -> float | None:
-            return line["loss"] if name == "mean" else line["per_modality"][name]
-
-        axes.plot([line["tokens"] for line in train], [value(line) for line in train], lw=0.6, alpha=0.6, label="train")
-        points = [(line["tokens"], value(line)) for line in evaluations if value(line) is not None]
-        axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.5, label="eval") if points else None
+        axes.plot(*_points(train, name), lw=0.6, alpha=0.6, label="train")
+        if evaluations:
+            axes.plot(*_points(evaluations, name), "o-", ms=3, lw=1.5, label="eval")
         if name in unigram:
-            axes.axhline(unigram[name]["cross_entropy"], color="k", ls="--", lw=1, label="unigram")
+            axes.axhline(unigram[name], color="k", ls="--", lw=1, label="unigram")
         axes.set_title(name)
         axes.set_xlabel("counted tokens (millions)")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("cross-entropy (nats a token)")
     figure.axes[-1].legend()
     return figure
+
+
+def figure_bytes(figure: Figure, ending: str) -> bytes:
+    """The content of a picture file with this ending, one of FIGURE_ENDINGS."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format=ending.lower().lstrip("."))
+    return buffer.getvalue()
+
+
+def _points(lines: Sequence[Line], name: str) -> tuple[list[float], list[float]]:
+    """Tokens and losses of a modality, or of the mean; without the lines that have none."""
+    losses = [line["loss"] if name == "mean" else line["per_modality"].get(name) for line in lines]
+    return (
+        [line["tokens"] for line, loss in zip(lines, losses, strict=True) if loss is not None],
+        [loss for loss in losses if loss is not None],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m4.pictures.skeleton import Picture, as_picture, draw_skeleton
 
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".pdf")
 _GAP, _TITLE, _PAPER, _INK = 6, 22, (250, 250, 248), (30, 30, 34)
 
 
@@ -56,3 +58,16 @@ def prediction_panel(
 ) -> Image.Image:
     """One labelled picture: each row shows (reference, true next, predicted next) with their skeletons."""
     return contact_sheet([[moment.drawn() for moment in row] for row in rows], titles)
+
+
+def picture_endings() -> tuple[str, ...]:
+    """Endings of the files that `picture_bytes` can make here."""
+    kinds = Image.registered_extensions()
+    return tuple(ending for ending in _ENDINGS if kinds.get(ending) in Image.SAVE)
+
+
+def picture_bytes(picture: Image.Image, ending: str) -> bytes:
+    """The content of a picture file with this ending, for example ".png"."""
+    buffer = io.BytesIO()
+    picture.save(buffer, Image.registered_extensions()[ending.lower()])
+    return buffer.getvalue()

@@ -57,15 +57,28 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut short by a kill is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file; a last line cut short by a kill is left out. Raises ValueError naming a bad line."""
+    # Cut at line feeds only: a name may hold other characters that `splitlines` cuts at.
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [_read_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines after ``step``, at once or not at all."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
+def _read_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        read = json.loads(line)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        if isinstance(read, dict) and isinstance(read.get("step"), int):
+            return read
+        reason = "it has no step"
+    raise ValueError(f"{where}: expected a JSON object with a step, got {line[:60]!r} ({reason}); delete that line")
 
 
 def _start_wandb(run_dir: Path, config: TrainConfig) -> Any:

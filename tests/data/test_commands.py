@@ -94,3 +94,51 @@ def test_all_bad_is_a_failure_without_traceback(videos, tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: penn: expected at least one usable video")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument", "got"),
+    [
+        (["synth", "--out", "out", "--videos", "many"], "--videos", "'many'"),
+        (["synth", "--out", "out", "--videos", "1", "--seed", "-1"], "--seed", "-1"),
+        (["synth", "--out", "out", "--videos", "1", "--workers", "0"], "--workers", "0"),
+        (["synth", "--out", "out", "--videos", "1", "--scenes", "0"], "--scenes", "0"),
+        (["prepare", "--penn-action", "penn", "--out", "out", "--seed", "-1"], "--seed", "-1"),
+        (["prepare", "--penn-action", "penn", "--out", "out", "--workers", "-2"], "--workers", "-2"),
+        (["prepare", "--penn-action", "penn", "--out", "out", "--workers", "9999999"], "--workers", "9999999"),
+        (["split", "root", "--fractions", "nan", "nan", "nan"], "--fractions", "nan"),
+        (["split", "root", "--fractions", "0.5", "0.6", "-0.1"], "--fractions", "-0.1"),
+        (["split", "root", "--fractions", "inf", "0", "0"], "--fractions", "inf"),
+        (["split", "root", "--seed", "1.5"], "--seed", "'1.5'"),
+        (["sample", "--out", "out", "--videos", "0"], "--videos", "0"),
+        (["inspect", "root", "--samples", "0"], "--samples", "0"),
+        (["inspect", "root", "--samples", "1000000000"], "--samples", "1000000000"),
+        ([], "command", ""),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_before_any_work(arguments, argument, got, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {argument}: expected" if got else "error: ")
+    assert argument in err
+    assert got in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sheet", ["sheet.xyz", "sheet", ".", "file/sheet.png"])
+def test_the_sheet_is_checked_before_the_work(prepared, tmp_path, monkeypatch, capsys, sheet):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    status, out, err = run(capsys, "inspect", prepared, "--sheet", sheet)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: --sheet: ")
+
+
+def test_a_full_disk_is_named_by_the_output_folder(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("m4.data.__main__.synthesize", full)
+    status, _, err = run(capsys, "synth", "--out", tmp_path, "--videos", 1)
+    assert (status, err) == (2, f"error: {tmp_path}: No space left on device\n")

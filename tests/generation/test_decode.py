@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m4.generation.decode import generate
+from m4.generation.decode import MAX_SEED, MAX_TEMPERATURE, generate
 from m4.model import M4, ModelConfig
 
 CONFIG = ModelConfig(
@@ -132,3 +132,37 @@ def test_seeds_differ_only_when_sampling(model, tokens):
 def test_faults(model, tokens, fault):
     with pytest.raises(ValueError, match="expected"):
         generate(model, tokens, **{"given": GIVEN, "wanted": WANTED, **fault})
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"seed": -1},
+        {"seed": 2**44},
+        {"first_sample": -1},
+        {"first_sample": 2**20},
+        {"steps": 0},
+    ],
+)
+def test_a_number_out_of_range_is_named(model, tokens, fault):
+    with pytest.raises(ValueError, match=f"^{next(iter(fault))}: expected"):
+        generate(model, tokens, given=GIVEN, wanted=WANTED, **fault)
+
+
+def test_hot_sampling_stays_within_the_ids(model, tokens):
+    limits = torch.full((16,), 3)
+    out = generate(
+        model, tokens, given=GIVEN, wanted=WANTED, id_limits=limits, temperature=MAX_TEMPERATURE, seed=MAX_SEED
+    )
+    assert (out[:, 8:] < 3).all()
+
+
+def test_a_sample_is_the_same_in_any_batch(model, tokens):
+    whole = generate(model, tokens, given=GIVEN, wanted=WANTED, temperature=1.0, steps=3)
+    parts = [
+        generate(model, tokens[i : i + 1], given=GIVEN, wanted=WANTED, temperature=1.0, steps=3, first_sample=i)
+        for i in range(3)
+    ]
+    assert torch.equal(whole, torch.cat(parts))
