@@ -1,20 +1,24 @@
-"""One M4 training step (forward, backward, clipping, AdamW) of the full-size model, against the padded references."""
+"""One M4 training step of the trainer (forward, backward, clipping, AdamW) of the full-size model, against the padded
+references."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from benchmarks import gpu_step
 from benchmarks.device import ON_GPU
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
-from m4.model import M4, ModelConfig
+from m4.batches.train import MicroBatch, StepBatches
+from m4.config import TrainConfig
+from m4.data.store import TokenStore
+from m4.training.trainer import Stores, Trainer
 from m4kernels import MaskedBatch, PackedTokens, Segments
 from m4kernels.cases import M4_INPUT_MEANS, M4_MAX_SEQ_LENS, M4_TARGET_MEANS, random_packed
 
-MODALITIES = ("tok_rgb", "coords", "tok_rgb_next", "coords_next")
 VOCABULARY = (65536,) * 4
 WIDTH = 256  # slots of a padded sample
 
@@ -30,25 +34,40 @@ def masked_batch(samples: int) -> MaskedBatch:
     return MaskedBatch(half(M4_INPUT_MEANS), half(M4_TARGET_MEANS))
 
 
+class OneStep:
+    """In the place of the trainer's batches: every step is of the same micro-batch."""
+
+    def __init__(self, batch: MaskedBatch) -> None:
+        self._batch = batch
+
+    def step(self, position: int) -> StepBatches:
+        encoder, decoder = self._batch.encoder, self._batch.decoder
+        micro_batch = MicroBatch(self._batch, decoder.segments.batch_size, len(encoder.ids) + len(decoder.ids))
+        return StepBatches(decoder.segments.counts.sum(0).clamp(min=1), iter([micro_batch]))
+
+    def prepare(self, position: int) -> None:
+        """It is at hand."""
+
+
 @functools.cache
-def model() -> tuple[M4, torch.optim.Optimizer]:
-    """One model for all providers: 176 M parameters, their gradients and two moments are 2.8 GB."""
-    torch.manual_seed(0)
-    m4 = M4(ModelConfig(MODALITIES, VOCABULARY, M4_MAX_SEQ_LENS))
-    return m4, torch.optim.AdamW(m4.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+def trainer() -> Trainer:
+    """One for all providers: 176 M parameters, their gradients and two moments are 2.8 GB."""
+    config = TrainConfig(batch_size=1, global_batch_size=1, device="cpu", run_name="benchmark")
+    config.log.every = 10**9  # nothing is said
+    rows = np.zeros((1, sum(M4_MAX_SEQ_LENS)), dtype=np.uint16)
+    store = TokenStore(tokens=rows, lengths=None, fingerprint="", pids=())
+    return Trainer(config, stores=Stores(store, store))
 
 
 def step(kernels: str) -> Callable[[MaskedBatch], Run]:
     def prepare(batch: MaskedBatch) -> Run:
-        m4, optimizer = model()
-        config = replace(m4.config, kernels=kernels)
+        one = trainer()
+        config = replace(one.model.config, kernels=kernels)
 
         def run() -> None:
-            m4.config = config
-            m4(batch).total.backward()
-            torch.nn.utils.clip_grad_norm_(m4.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            one.model.config = config
+            one.batches = OneStep(batch)  # type: ignore[assignment]
+            one.train_step()
 
         return run
 

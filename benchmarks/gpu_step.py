@@ -14,16 +14,14 @@ import torch
 from benchmarks.device import DEVICE
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite
-from m4.batches.order import SampleStream
 from m4.batches.packing import drawn_counts
-from m4.batches.train import Feed
-from m4.build import build_model, masking_spec
+from m4.build import masking_spec
 from m4.config import ModelSection, TrainConfig
 from m4.data.store import TokenStore
 from m4.schedule import Schedule
 from m4.training.graphs import CudaGraphs, Recorder
-from m4.training.optimizer import build_optimizer
-from m4.training.step import Execution, TrainStep
+from m4.training.step import Execution
+from m4.training.trainer import Stores, Trainer
 
 SAMPLES = 8192  # of the token store
 
@@ -70,31 +68,16 @@ def stepper(
     recorder: Recorder | None = None,
     device: torch.device = DEVICE,
 ) -> Run:
-    """One whole optimiser step a call, each of the next samples in the stream."""
-    config = replace(inputs.config, kernels=kernels, compile=compiled)
-    schedule = Schedule.of(config, 1)
-    with torch.device(device):  # weights are drawn there: 176 M of them take seconds on a CPU
-        model = build_model(config, device)
-    optimizer = build_optimizer(model, config)
-    stream = SampleStream(len(inputs.store), config.seed)
-    feed = Feed(inputs.store, stream, masking_spec(config), config, schedule, device, fixed_shapes=True)
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    """One whole optimiser step of the trainer a call, each of the next samples."""
+    log = replace(inputs.config.log, every=10**9)  # so that no step is read
+    config = replace(inputs.config, kernels=kernels, compile=compiled, log=log)
     execution = Execution(asynchronous=True, graphs=recorder is not None)
-    step = TrainStep(model, forward, optimizer, config, device, execution, feed.capacity)
+    trainer = Trainer(config, stores=Stores(inputs.store, inputs.store), device=device, execution=execution)
     if recorder is not None:
-        step.record(feed.example(0), recorder, schedule.accumulation)
-    position = 0
+        trainer.record(recorder)
 
     def run() -> None:
-        nonlocal position
-        batch = feed.step(position)
-        step.start(batch.counts, 1e-4)
-        for micro_batch in batch.micro_batches:
-            step.micro_batch(micro_batch.masked)
-        step.update()
-        step.release()
-        position += schedule.samples_per_step
-        feed.prepare(position)  # while the GPU is busy, as the trainer does
+        trainer.train_step()
 
     return run
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from m4.config_values import shortened, shown
 from m4.device import DEVICE_NAMES
 from m4.errors import ConfigError
 from m4.files import writable_file
@@ -28,9 +29,9 @@ def whole(lowest: int, highest: int | None = None) -> Callable[[str], int]:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {_shortened(text)!r}") from None
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {shown(text)}") from None
         if value < lowest or (highest is not None and value > highest):
-            raise argparse.ArgumentTypeError(f"expected {_span(lowest, highest)}, got {_shortened(text)}")
+            raise argparse.ArgumentTypeError(f"expected {_span(lowest, highest)}, got {shortened(text)}")
         return value
 
     return parse
@@ -43,10 +44,10 @@ def number(lowest: float, highest: float | None = None) -> Callable[[str], float
         try:
             value = float(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number, got {_shortened(text)!r}") from None
+            raise argparse.ArgumentTypeError(f"expected a number, got {shown(text)}") from None
         if not math.isfinite(value) or value < lowest or (highest is not None and value > highest):
             expected = f"a finite number, {_span(lowest, highest)}"
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {_shortened(text)}")
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {shortened(text)}")
         return value
 
     return parse
@@ -54,10 +55,6 @@ def number(lowest: float, highest: float | None = None) -> Callable[[str], float
 
 def _span(lowest: float, highest: float | None) -> str:
     return f"at least {lowest}" if highest is None else f"{lowest} … {highest}"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def run_directory(text: str) -> Path:

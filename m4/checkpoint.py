@@ -9,13 +9,14 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,12 +24,13 @@ import m4kernels
 from m4.compat.nano4m_checkpoint import load_nano4m
 from m4.config import TrainConfig, config_from_dict, config_to_dict
 from m4.errors import CheckpointError
-from m4.model.weights import load_matching
+from m4.model.weights import first_not_finite, load_matching
 
 __all__ = [
     "CheckpointError",
     "RunIdentity",
     "check_same_run",
+    "checkpoint_meta",
     "clean_temporaries",
     "load_checkpoint",
     "load_nano4m",
@@ -36,7 +38,7 @@ __all__ = [
     "load_weights",
     "newest_whole",
     "save_checkpoint",
-    "whole_checkpoint",
+    "whole_checkpoints",
 ]
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ log = logging.getLogger(__name__)
 MODEL_FILE, STATE_FILE, META_FILE = "model.safetensors", "state.pt", "meta.json"
 FORMAT = 1
 
-# What may change between a checkpoint and the run that resumes it. Everything else shapes the trajectory.
+# What may change between a checkpoint and the run that resumes it. Everything else makes it another run: data, masks,
+# model, samples of a step, seed, length and decay. README.md says so too.
 FREE_KEYS = {
     "run_name",
     "output_dir",
@@ -61,6 +64,9 @@ FREE_KEYS = {
     "eval_seed",
 }
 FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
+# May change too, which the log says: what helps a run that diverged. Weights, moments and the order of samples keep
+# their meaning under another learning rate, clipping or precision; the rate is a function of the tokens so far.
+ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "dtype"}
 BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, the samples a step
 
 
@@ -135,23 +141,39 @@ def save_checkpoint(
     return final
 
 
-def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint of a run and its meta data, or None; each damaged one is reported in the log."""
+def whole_checkpoints(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The checkpoints of a run and their meta data, the newest first. Left out, and reported in the log, are those that
+    are damaged and those whose weights are not finite."""
     for path in sorted(_step_dirs(run_dir), reverse=True):
         try:
-            return path, _read_meta(path)
+            meta = _read_meta(path)
         except CheckpointError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
-    return None
+            continue
+        with safe_open(path / MODEL_FILE, framework="pt") as file:
+            spoilt = first_not_finite((name, file.get_tensor(name)) for name in list(file.keys()))
+        if spoilt is not None:
+            log.warning("skipping %s: the weights of %s are not finite, the run had diverged there", path, spoilt)
+            continue
+        yield path, meta
 
 
-def whole_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint folder and its meta data. Raises CheckpointError if it is damaged, or none."""
-    return path, _read_meta(path)
+def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The first of `whole_checkpoints`, or None."""
+    return next(whole_checkpoints(run_dir), None)
 
 
-def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identity: RunIdentity) -> None:
-    """Raise `CheckpointError` naming the first setting in which the checkpoint is of another run."""
+def checkpoint_meta(path: Path) -> dict[str, Any]:
+    """Meta data of a checkpoint folder. Raises CheckpointError if it is damaged, or none."""
+    return _read_meta(path)
+
+
+def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identity: RunIdentity) -> list[str]:
+    """Raise `CheckpointError` naming the first setting in which the checkpoint is of another run.
+
+    Returns:
+        A line for each setting that changed and may.
+    """
     saved, now = _trajectory(meta["config"]), _trajectory(config_to_dict(config))
     names = {
         "samples_per_step": "samples a step (batch_size times accumulation)",
@@ -159,7 +181,8 @@ def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identi
     }
     for key, name in names.items():
         saved[name], now[name] = meta[key], getattr(identity, key)
-    differences = [(key, saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]]
+    changes = [(key, saved[key], now[key]) for key in now if key in saved and saved[key] != now[key]]
+    differences = [change for change in changes if change[0] not in ANNOUNCED_KEYS]
     if differences:
         key, before, after = differences[0]
         more = (
@@ -169,12 +192,18 @@ def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identi
             f"{path}: checkpoint of another run: {key} is {before!r} there and {after!r} now{more}; "
             f"set it back to resume, or start a new run with run_name=NAME"
         )
+    return [f"{key}: {before} in the checkpoint, {after} now" for key, before, after in changes]
 
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
     """Load the weights into ``model`` (in place) and return the ``state`` given to `save_checkpoint`."""
     load_weights(path, model)
     return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """What a checkpoint takes on the disk: the weights, and two moments of each that is trained."""
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

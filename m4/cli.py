@@ -16,6 +16,7 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
+from m4.device import out_of_memory
 from m4.run.signals import Interrupted
 
 # How torch words a GPU or driver that cannot be used at all. What a kernel does wrong afterwards is a bug of ours.
@@ -79,12 +80,7 @@ def error_line(error: BaseException) -> str | None:
     """What to tell the user of an error that is not a bug of ours; None if it is one."""
     if isinstance(error, BrokenProcessPool):
         return f"a worker process died ({error}); free some memory or lower --workers, and run this again"
-    # By name, since not every command loads torch. Its allocator for the CPU raises a plain RuntimeError.
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
-    ):
+    if out_of_memory(error):
         said = str(error).strip().splitlines()
         return f"out of memory{f' ({said[0]})' if said else ''}; use smaller batches, fewer workers or another device"
     if isinstance(error, OSError):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 
 from m4.distributed import count_from_environment
 from m4.errors import ConfigError
+
+# Of control groups, version 2 and 1.
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# What torch says of the host's memory, and of sizes beyond any; it has no class of its own for them.
+_ALLOCATION = re.compile(
+    r"DefaultCPUAllocator|[Ss]torage size calculation overflowed|out of memory|numel: integer mult"
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
@@ -44,6 +54,36 @@ class HeapTrimmer:
         if self._trim is not None and time.monotonic() - self._last > self._every:
             self._trim(0)
             self._last = time.monotonic()
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or of this machine, of which a control group may have but a part."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in _CGROUP_LIMITS:
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _ALLOCATION.search(str(error)) is not None
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Raise ConfigError with the remedy where the block runs out of memory, on the host or on a GPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"not enough memory: {reason}; {remedy}") from error
 
 
 def pick_device(name: str, key: str = "device") -> torch.device:

@@ -20,6 +20,7 @@ from m4.generation.decode import MAX_SEED, MAX_TEMPERATURE, generate
 from m4.generation.moments import check_moments, prediction_picture
 from m4.modalities import NEXT, REFERENCE, RowLayout
 from m4.pictures.sheets import picture_bytes, picture_endings
+from m4.run.console import show_progress
 from m4.saved_run import SavedRun
 
 _SAMPLES, _STEPS = 4, 12  # defaults
@@ -57,7 +58,8 @@ def main() -> int:
             first_sample=first,
         )
 
-    parts = [predicted(first) for first in range(0, len(rows), _SAMPLES_AT_ONCE)]
+    firsts = range(0, len(rows), _SAMPLES_AT_ONCE)
+    parts = [predicted(first) for first in show_progress(firsts, "decoding", len(firsts), unit="batches")]
     picture = prediction_picture(true, torch.cat(parts), meta, run.config, tokenizer)
     write_atomically(arguments.out, picture_bytes(picture, arguments.out.suffix))
     print(f"wrote {arguments.out}: {len(rows)} samples of {run.checkpoint}")

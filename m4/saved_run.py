@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from m4.build import build_model, open_split
-from m4.checkpoint import load_weights, newest_whole, whole_checkpoint
+from m4.checkpoint import checkpoint_meta, load_weights, newest_whole
 from m4.config import TrainConfig, config_from_dict
 from m4.data.layout import find_splits
 from m4.data.sample_set import sample_command
@@ -103,7 +103,7 @@ def _find_checkpoint(folder: Path, checkpoint: Path | None) -> tuple[Path, dict[
     for path in (checkpoint, folder / "checkpoints" / checkpoint):
         if path.is_dir():
             try:
-                return whole_checkpoint(path)
+                return path, checkpoint_meta(path)
             except CheckpointError as error:
                 raise CheckpointError(f"--checkpoint: {error}") from None
     present = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))

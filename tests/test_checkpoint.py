@@ -139,11 +139,11 @@ def test_stale_temporaries_are_cleaned(saved, config):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["lr=0.001"], ["lr is 0.002", "0.001"]),
+        (["weight_decay=0.001"], ["weight_decay is 0.05", "0.001"]),
         (["model.dim=32"], ["model.dim is 16", "32"]),
         (["seed=1"], ["seed is 0", "1"]),
         (["modalities=[a,b,c,d]"], ["modalities", "tok_rgb", "'a'"]),
-        (["dtype=bf16", "lr=0.001"], ["1 more", "dtype"]),
+        (["model.dim=32", "seed=1", "lr=0.001"], ["(and 1 more: seed)", "model.dim"]),
     ],
 )
 def test_checkpoint_of_another_config(saved, tiny_config, overrides, said):

@@ -195,7 +195,7 @@ def test_plots_shows_the_unigrams_of_the_evaluation_split(call, saved_run, monke
     shown = {}
     monkeypatch.setattr("m4.plots.loss_curves", lambda train, evaluations, unigram: shown.update(unigram) or _figure())
     config = (saved_run / "config.yaml").read_text()
-    (saved_run / "config.yaml").write_text(config.replace("eval_split: eval", "eval_split: test"))
+    (saved_run / "config.yaml").write_text(config.replace('eval_split: "eval"', "eval_split: test"))
     for split, value in (("eval", 1.0), ("test", 2.0)):
         unigram = {"coords": {"cross_entropy": value}, "tok_rgb": {"cross_entropy": None}}
         (saved_run / f"evaluation-{split}.json").write_text(json.dumps({"unigram": unigram}))

@@ -1,11 +1,11 @@
-"""The infinite training stream: which row of the store every position holds."""
+"""The order of the training samples: which row of the store every position holds."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-class SampleStream:
+class SampleOrder:
     """Position g holds row ``perm_e[g % N]`` of epoch ``e = g // N``: each epoch is a permutation of all N rows.
 
     The permutation is a pure function of (seed, epoch), so a run resumes at any position and any number of ranks
@@ -15,13 +15,13 @@ class SampleStream:
 
     def __init__(self, num_rows: int, seed: int):
         if num_rows < 1:
-            raise ValueError(f"num_rows: expected at least one row to stream, got {num_rows}")
+            raise ValueError(f"num_rows: expected at least one row, got {num_rows}")
         self.num_rows = num_rows
         self.seed = seed
         self._permutations: dict[int, np.ndarray] = {}
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """Rows (int64, same shape) at stream positions (int64, any shape and order, at least 0)."""
+        """Rows (int64, same shape) at positions (int64, any shape and order, at least 0)."""
         epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.num_rows)
         rows = np.empty_like(offsets)
         for epoch in np.unique(epochs):

@@ -1,4 +1,4 @@
-"""What a training step reads: the masked micro-batches of a stretch of the sample stream.
+"""What a training step reads: the masked micro-batches of a stretch of the sample order.
 
 On a CPU they are as long as their tokens. On a GPU they have one fixed shape, so that a captured step can take them:
 lengths are drawn on the host, samples dealt so that they fit (`m4.batches.packing`), tokens masked on the device.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from m4.batches.masked import mask_rows
-from m4.batches.order import SampleStream
+from m4.batches.order import SampleOrder
 from m4.batches.packing import deal, drawn_counts, fixed_capacity
 from m4.batches.rows import TokenRows, send
 from m4.config import TrainConfig
@@ -34,7 +34,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class StepFeed:
+class StepBatches:
     """The samples of one optimiser step."""
 
     counts: Tensor  # (M,) int64, targets of each modality in the whole step, at least 1; on the device
@@ -53,8 +53,8 @@ class _Dealt:
     capacity: tuple[int, int]
 
 
-class Feed:
-    """The micro-batches of every step of a run; positions in the stream identify the samples and their masks.
+class TrainBatches:
+    """The micro-batches of every step of a run; positions in the sample order identify the samples and their masks.
 
     Args:
         fixed_shapes: give every micro-batch the same shapes.
@@ -64,7 +64,7 @@ class Feed:
     def __init__(
         self,
         store: TokenStore,
-        stream: SampleStream,
+        order: SampleOrder,
         spec: MaskingSpec,
         config: TrainConfig,
         schedule: Schedule,
@@ -73,14 +73,14 @@ class Feed:
         fixed_shapes: bool,
         resident: bool | None = None,
     ) -> None:
-        self._store, self._stream, self._spec, self._config, self._schedule = store, stream, spec, config, schedule
+        self._store, self._order, self._spec, self._config, self._schedule = store, order, spec, config, schedule
         self._device = device
         self.capacity = fixed_capacity(spec, config.batch_size, schedule.accumulation) if fixed_shapes else None
         self._rows = TokenRows(store, device, resident=resident) if fixed_shapes else None
         self._next: _Dealt | None = None
 
-    def step(self, position: int) -> StepFeed:
-        """The step that starts at a stream position."""
+    def step(self, position: int) -> StepBatches:
+        """The step that starts at a position."""
         if self.capacity is None:
             return self._ragged(position)
         self.prepare(position)
@@ -93,7 +93,7 @@ class Feed:
         if self.capacity is None or (self._next is not None and self._next.position == position):
             return
         ids = np.arange(position, position + self._schedule.samples_per_step)
-        rows = self._stream.rows(ids)
+        rows = self._order.rows(ids)
         inputs, targets = drawn_counts(self._spec, seed=self._config.seed, sample_ids=ids)
         tokens = np.stack([inputs.sum(1), targets.sum(1)], axis=1)
         dealt, capacity = deal(tokens, self._schedule.accumulation, self.capacity)
@@ -102,7 +102,7 @@ class Feed:
         )
 
     def example(self, position: int) -> MaskedBatch:
-        """A micro-batch of the usual capacity, from the step at a stream position or the next that fits it."""
+        """A micro-batch of the usual capacity, from the step at a position or the next that fits it."""
         for _ in range(64):  # about one step in 370 does not
             self.prepare(position)
             if self._next is not None and self._next.capacity == self.capacity:
@@ -110,7 +110,7 @@ class Feed:
             position += self._schedule.samples_per_step
         raise RuntimeError(f"no step of 64 fits the capacity {self.capacity} that was worked out for this recipe")
 
-    def _fixed(self, dealt: _Dealt) -> StepFeed:
+    def _fixed(self, dealt: _Dealt) -> StepBatches:
         assert self._rows is not None
         on_device = send(np.stack([dealt.sample_ids, dealt.rows]), self._device)
 
@@ -126,16 +126,16 @@ class Feed:
                 )
                 yield MicroBatch(masked, len(rows), int(dealt.valid_tokens[index]))
 
-        return StepFeed(send(dealt.target_counts, self._device), micro_batches())
+        return StepBatches(send(dealt.target_counts, self._device), micro_batches())
 
-    def _ragged(self, position: int) -> StepFeed:
+    def _ragged(self, position: int) -> StepBatches:
         masked = []
         for first in range(position, position + self._schedule.samples_per_step, self._config.batch_size):
             ids = np.arange(first, first + self._config.batch_size)
-            rows = self._stream.rows(ids)
+            rows = self._order.rows(ids)
             masked.append(mask_rows(self._store, rows, ids, self._spec, seed=self._config.seed, device=self._device))
         counts = torch.stack([batch.decoder.segments.counts.sum(0) for batch in masked]).sum(0).clamp(min=1)
-        return StepFeed(
+        return StepBatches(
             counts,
             (MicroBatch(m, self._config.batch_size, len(m.encoder.ids) + len(m.decoder.ids)) for m in masked),
         )

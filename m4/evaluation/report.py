@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from m4.build import masking_spec
 from m4.evaluation.losses import evaluate, unigram_baselines
 from m4.evaluation.unigram import Unigram
 from m4.files import writable_file, write_atomically
+from m4.run.console import show_progress
 from m4.saved_run import SavedRun
 from m4kernels import MaskedBatch
 
@@ -26,18 +27,12 @@ def report_path(run_dir: Path, split: str) -> Path:
     return run_dir / f"evaluation-{split}.json"
 
 
-def evaluate_run(
-    run: SavedRun,
-    split: str | None = None,
-    max_samples: int | None = None,
-    after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint of a run on a split; the result is also written to evaluation-SPLIT.json in its folder.
 
     Args:
         split: default the run's evaluation split.
         max_samples: evaluate the first of the split only; default all.
-        after_batch: called after each batch.
     """
     config = run.config
     split = run.split_name(split)
@@ -62,7 +57,11 @@ def evaluate_run(
             device=run.device,
         )
 
-    result = evaluate(model, batches(), config, run.device, after_batch)
+    samples = min(len(store), max_samples or len(store))
+    shown = show_progress(
+        batches(), f"evaluating on {split}", samples, size=lambda batch: batch.decoder.segments.batch_size
+    )
+    result = evaluate(model, shown, config, run.device)
     baselines = unigram_baselines(train, config, batches())
     losses = result.per_modality
     report = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -46,3 +47,13 @@ def load_matching(weights: dict[str, torch.Tensor], model: nn.Module, source: st
     if faults:
         raise CheckpointError(f"{source}: does not fit the model: {'; '.join(faults)}")
     model.load_state_dict(weights)
+
+
+def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor that holds an infinity or NaN, or None; a GPU is asked once for all (of one device)."""
+    names, finite = [], []
+    for name, tensor in named:
+        names.append(name)
+        finite.append(torch.isfinite(tensor).all())
+    answers = torch.stack(finite).tolist() if finite else []
+    return next((name for name, answer in zip(names, answers, strict=True) if not answer), None)

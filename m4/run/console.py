@@ -1,10 +1,13 @@
-"""Throughput of a run as it goes."""
+"""What a long command shows: a bar on a terminal, a line now and then in a log; and what a run is, before it starts."""
 
 from __future__ import annotations
 
 import logging
+import math
+import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -16,37 +19,118 @@ from m4.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
-_QUIET_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+T = TypeVar("T")
+
+QUIET_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+_REDRAW_SECONDS = 0.1
 _DAY = 86400.0
+_RUN_OF_MINUTES = (
+    "model.dim=96 model.head_dim=32 model.enc_depth=2 model.dec_depth=2 batch_size=8 global_batch_size=8 lr=0.006 "
+    "total_tokens=1 token_warmup=0.04 eval_freq=0.25 eval_samples=48 run_name=small"
+)
 
 
-class Progress:
-    """Speed since this process started: a bar on a terminal, a line now and then elsewhere."""
+class ProgressDisplay:
+    """How far a long piece of work is: a bar on a terminal; elsewhere a line, at most one in ten seconds.
+
+    Args:
+        total, done: units of the whole, and those done before.
+        keep: leave the bar on the screen at the end.
+    """
+
+    def __init__(self, total: int, done: int = 0, *, keep: bool = True):
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            file=sys.stderr,
+            disable=None,  # draws on terminals only
+            dynamic_ncols=True,
+            leave=keep,
+            bar_format="{percentage:3.0f}%|{bar:12}|{postfix}",
+        )
+        self.draws = not self._bar.disable  # whether there is a terminal to draw on
+        self._last = -math.inf if self.draws else time.monotonic()
+
+    def show(self, text: str, advance: int = 0, *, at_once: bool = False) -> None:
+        """Move on by so many units and put the text beside the bar, or on a line; `at_once` or when it is time."""
+        self._bar.n += advance
+        now = time.monotonic()
+        due = at_once or now - self._last >= (_REDRAW_SECONDS if self.draws else QUIET_SECONDS)
+        if due:
+            self._last = now
+        if self.draws:
+            self._bar.set_postfix_str(text, refresh=due)
+        elif due:
+            log.info("%s", text)
+
+    def advance(self, units: int) -> None:
+        """Move on and leave the text as it is."""
+        self._bar.update(units)
+
+    def close(self) -> None:
+        """Leave the bar as it stands, or take it away."""
+        self._bar.close()
+
+
+def show_progress(
+    items: Iterable[T], what: str, total: int, *, size: Callable[[T], int] = lambda _: 1, unit: str = "samples"
+) -> Iterator[T]:
+    """Hand on the items of a long piece of work, and show their count, rate and the time left.
+
+    Args:
+        items: they count as done when the next is asked for.
+        what: begins the line, for example "evaluating on test".
+        total: units in all items together.
+        size: units in an item.
+        unit: what is counted.
+    """
+    display = ProgressDisplay(total, keep=False)
+    start, done = time.monotonic(), 0
+    display.show(f"{what}: {total:,} {unit}")
+    try:
+        for item in items:
+            yield item
+            done += size(item)
+            rate = done / max(time.monotonic() - start, 1e-9)
+            left = duration_text((total - done) / rate) if rate else "?"
+            display.show(f"{what}: {done:,} of {total:,} {unit}, {rate:.3g} {unit}/s, {left} left", size(item))
+    finally:
+        display.close()
+
+
+class TrainingProgress:
+    """Speed since this process started training, beside the figures of the last step."""
 
     def __init__(self, config: TrainConfig, schedule: Schedule, state: LoopState, device: torch.device):
         self._config, self._schedule, self._state, self._device = config, schedule, state, device
-        self._start = self._last_line = time.monotonic()
         self._samples = self._valid = 0  # forward and backward passes done, valid tokens in them
-        self._bar = tqdm(
-            total=schedule.samples,
-            initial=state.position,
-            disable=None,  # draws on terminals only
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar:12}|{postfix}",
-        )
+        self._display: ProgressDisplay | None = None
+        self._start = time.monotonic()
 
     def start(self) -> None:
-        """Start the clock, after everything that happens only once."""
-        self._start = self._last_line = time.monotonic()
+        """Draw the bar and start the clock, after everything that happens only once."""
+        self._display = ProgressDisplay(self._schedule.samples, self._state.position)
+        self._start = time.monotonic()
 
     def micro_batch(self, samples: int, valid_tokens: int) -> None:
         """Count one forward and backward pass."""
         self._samples += samples
         self._valid += valid_tokens
-        self._bar.update(samples)
-        within = self._samples % self._schedule.samples_per_step
-        if within and self._quiet_for(3 * _QUIET_SECONDS):
-            log.info("step %d: %d of %d samples", self._state.step + 1, within, self._schedule.samples_per_step)
+        if self._display is None:
+            return
+        schedule, step = self._schedule, self._state.step
+        within = self._samples % schedule.samples_per_step
+        # On a terminal the figures of the last step stay in sight, once there are some.
+        if within and (step == 0 or not self._display.draws):
+            speed = self._samples / (time.monotonic() - self._start)
+            left = duration_text((schedule.samples_per_step - within) / speed)
+            self._display.show(
+                f"step {step + 1}/{schedule.steps}: {within} of {schedule.samples_per_step} samples, "
+                f"{speed:.3g} samples/s, {left} left in this step, {self._left(within, speed)} in all",
+                samples,
+            )
+        else:
+            self._display.advance(samples)
 
     def step(self, losses: list[float], norm: float, rate: float) -> dict[str, Any]:
         """Show a finished step and return its metrics."""
@@ -68,32 +152,86 @@ class Progress:
             "memory_bytes": peak_memory(self._device),
             "seconds": state.seconds,
         }
-        text = (
-            f"step {state.step}/{schedule.steps}  loss {metrics['loss']:.4f}  lr {rate:.2e}  {speed:.3g} samples/s  "
-            f"{metrics['valid_tokens_per_s']:,.0f} valid tok/s  {metrics['counted_tokens_per_s']:,.0f} counted tok/s  "
-            f"padding avoided {metrics['padding_avoided']:.0%}  memory {metrics['memory_bytes'] / 1e9:.2f} GB  "
-            f"left {duration_text((schedule.samples - state.position) / speed)}"
-        )
-        self._bar.set_postfix_str(text)
-        if self._quiet_for(_QUIET_SECONDS) or (self._bar.disable and state.step in (1, schedule.steps)):
-            log.info("%s", text)
+        if self._display is not None:
+            text = (
+                f"step {state.step}/{schedule.steps}  loss {metrics['loss']:.4f}  lr {rate:.2e}  {speed:.3g} samples/s"
+                f"  {metrics['valid_tokens_per_s']:,.0f} valid tok/s  {metrics['counted_tokens_per_s']:,.0f} counted "
+                f"tok/s  padding avoided {metrics['padding_avoided']:.0%}  memory {metrics['memory_bytes'] / 1e9:.2f} "
+                f"GB  left {self._left(0, speed)}"
+            )
+            self._display.show(text, at_once=not self._display.draws and state.step in (1, schedule.steps))
         return metrics
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        self._bar.close()
+        if self._display is not None:
+            self._display.close()
 
-    def _quiet_for(self, seconds: float) -> bool:
-        """Whether a line is due because there is no bar; counts it as shown."""
-        now = time.monotonic()
-        if not self._bar.disable or now - self._last_line < seconds:
-            return False
-        self._last_line = now
-        return True
+    def _left(self, within: int, speed: float) -> str:
+        """Time for the rest of the run, of whose current step so many samples are done."""
+        return duration_text((self._schedule.samples - self._state.position - within) / speed)
+
+
+def announce(config: TrainConfig, schedule: Schedule, device: torch.device, *, parameters: int, samples: tuple) -> None:
+    """Say what will run.
+
+    Args:
+        parameters: of the model.
+        samples: (training, evaluation) samples at hand.
+    """
+    log.info(
+        "%s: %s parameters on %s, %s, kernels %s",
+        config.run_dir,
+        f"{parameters:,}",
+        device,
+        config.dtype,
+        config.kernels,
+    )
+    log.info("data: %s training and %s evaluation samples", *(f"{number:,}" for number in samples))
+    log.info(
+        "batch: %d samples x %d accumulated = %d samples a step (global_batch_size %d)",
+        config.batch_size,
+        schedule.accumulation,
+        schedule.samples_per_step,
+        config.global_batch_size,
+    )
+    log.info(
+        "recipe: %g M counted tokens at %d a sample: %s samples in %s steps",
+        config.total_tokens,
+        schedule.tokens_per_sample,
+        f"{config.total_samples:,}",
+        f"{schedule.steps:,}",
+    )
+
+
+def announce_estimate(
+    schedule: Schedule, device: torch.device, seconds_of: Callable[[int], float], per_sample: float
+) -> None:
+    """Say how long a step and the whole recipe will take.
+
+    Args:
+        seconds_of: time of forward and backward over a number of samples.
+        per_sample: seconds of one of many.
+    """
+    whole = seconds_of(schedule.samples)
+    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    log.info("smoke test passed; forward and backward take about %.3g s a sample here (%s)", per_sample, where)
+    log.info(
+        "so a step (%s samples) takes about %s, the whole recipe (%s samples) about %s",
+        f"{schedule.samples_per_step:,}",
+        duration_text(seconds_of(schedule.samples_per_step)),
+        f"{schedule.samples:,}",
+        duration_text(whole),
+    )
+    if whole > _DAY and device.type == "cpu":
+        log.warning("that is no run for a CPU. For a run of minutes: python -m m4.train --config M4-tiny.yaml")
+        log.warning("or with this configuration add: %s", _RUN_OF_MINUTES)
 
 
 def duration_text(seconds: float) -> str:
-    """H:MM:SS, or days, or years, whichever says it best."""
+    """H:MM:SS, or days, or years, or a fraction of a second, whichever says it best."""
     if seconds > 2 * 365 * _DAY:
         return f"{seconds / _DAY / 365:.1f} years"
+    if 0 < seconds < 10:
+        return f"{seconds:.2g} s"
     return f"{seconds / _DAY:.1f} days" if seconds > 2 * _DAY else format_duration(seconds)

@@ -1,12 +1,15 @@
-"""The run directory: one process at a time, and the summary it ends with."""
+"""The run directory: where it is, one process at a time, room on the disk, and the summary it ends with."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,16 +25,57 @@ from m4.schedule import Schedule
 log = logging.getLogger(__name__)
 
 
+def resolve_paths(config: TrainConfig) -> TrainConfig:
+    """The same run with absolute paths, as it is saved: it can then be used from any folder."""
+    data = replace(
+        config.data,
+        root=config.data.root and os.path.abspath(config.data.root),
+        sample_dir=os.path.abspath(config.data.sample_dir),
+        cache_dir=config.data.cache_dir and os.path.abspath(config.data.cache_dir),
+    )
+    return replace(config, data=data, output_dir=os.path.abspath(config.output_dir))
+
+
+def check_not_moved(config_file: Path, config: TrainConfig, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for the configuration of a run whose folder has moved since it was saved: it would train, from
+    the beginning, where the folder was. Naming ``run_name`` or ``output_dir`` says where to train."""
+    folder = config_file.resolve().parent
+    chosen = any(override.startswith(("run_name=", "output_dir=")) for override in overrides)
+    is_run = config_file.name == "config.yaml" and (folder / "checkpoints").is_dir()
+    if is_run and not chosen and config.run_dir.resolve() != folder:
+        raise ConfigError(
+            f"{config_file}: expected in {config.run_dir}, where this run was saved, found in {folder}; to resume it "
+            f"here add output_dir={folder.parent} run_name={folder.name}, for a new run add run_name=NAME"
+        )
+
+
 @contextmanager
 def only_process(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; two trainers in one would overwrite each other's checkpoints."""
     writable_folder(run_dir)
-    with open(run_dir / ".lock", "w") as file:
+    writable_folder(run_dir / "checkpoints")
+    path = run_dir / ".lock"
+    with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{run_dir}: another process is training there; wait, or set run_name=NAME") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: this file system cannot lock files ({error.strerror}), which keeps two processes from "
+                "training in one folder; set output_dir to a folder on another"
+            ) from error
         yield
+
+
+def check_room(run_dir: Path, checkpoint_bytes: int) -> None:
+    """Raise ConfigError where not even the first checkpoint has room."""
+    usage = shutil.disk_usage(run_dir)
+    if 0 <= usage.free < checkpoint_bytes and usage.total:  # some file systems do not tell
+        raise ConfigError(
+            f"{run_dir}: {usage.free / 1e9:.2f} GB are free there and a checkpoint takes "
+            f"{checkpoint_bytes / 1e9:.2f} GB; make room, or set output_dir to a folder on another disk"
+        )
 
 
 def write_summary(config: TrainConfig, schedule: Schedule, state: LoopState, device: torch.device) -> None:

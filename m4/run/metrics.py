@@ -1,16 +1,71 @@
-"""The record of a run: metrics.jsonl, TensorBoard events, Weights & Biases."""
+"""The record of a run: metrics.jsonl, and its numbers in the other loggers."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
-from m4.config import TrainConfig, config_to_dict
-from m4.errors import ConfigError
+from m4.config import TrainConfig
 from m4.files import write_atomically
+from m4.run.loggers import close_loggers, flat_figures, open_loggers, write_to_loggers
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends JSON lines. Those that cannot be written, on a full disk, wait in memory and go with the next ones."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = self._open()
+        self._waiting = b""
+        self._troubled = False
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line, now or later."""
+        self._waiting += json.dumps(line).encode() + b"\n"
+        try:
+            self.flush()
+        except OSError as error:
+            if not self._troubled:
+                log.warning("%s; lines wait in memory, at the latest until the next save", error)
+            self._troubled = True
+        else:
+            if self._troubled:
+                log.info("%s: can be written again, nothing is missing", self._path)
+            self._troubled = False
+
+    def flush(self) -> None:
+        """Write what waits. Raises OSError naming the file."""
+        try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                new = self._open()
+                self._file.close()
+                self._file = new
+                log.warning("%s: was removed while this run wrote to it; a new one begins here", self._path)
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror}; mend that and give the same command again to resume"
+            raise OSError(error.errno, reason, str(self._path)) from error
+
+    def _open(self) -> io.FileIO:
+        return self._path.open("ab", buffering=0)  # says how many bytes it took
+
+    def close(self) -> None:
+        """Write what waits, or say how much is lost."""
+        try:
+            self.flush()
+        except OSError as error:
+            log.error("%s; %d lines since the last save are lost", error, self._waiting.count(b"\n"))
+        finally:
+            self._file.close()
 
 
 class RunLog:
@@ -18,42 +73,35 @@ class RunLog:
 
     Every line has ``kind`` (train or eval), ``step`` (finished optimiser steps) and ``tokens`` (millions of counted
     tokens). Lines after ``resumed_step`` (−1 for a fresh run) are dropped first: they are about to be written again.
+    A logger that fails is left out; `metrics.jsonl` is whole at every checkpoint, or there is no checkpoint.
+
+    Raises:
+        ConfigError: a logger does not start.
+        OSError: metrics.jsonl cannot be written.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, resumed_step: int):
-        self._path = run_dir / METRICS_FILE
-        truncate_metrics(self._path, resumed_step)
-        self._file = self._path.open("a")
-        self._tensorboard = None
-        self._wandb = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is wanted
-
-            self._tensorboard = SummaryWriter(str(run_dir), purge_step=resumed_step + 1)
-        if config.log.wandb:
-            self._wandb = _start_wandb(run_dir, config)
+        self._loggers = open_loggers(run_dir, config, resumed_step)
+        try:
+            truncate_metrics(run_dir / METRICS_FILE, resumed_step)
+            self._file = MetricsFile(run_dir / METRICS_FILE)
+        except BaseException:
+            close_loggers(self._loggers)
+            raise
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line; nested dicts of numbers become ``kind/key/inner`` in the other loggers."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.append({"kind": kind, "step": step, **values})
+        write_to_loggers(self._loggers, step, flat_figures(kind, values))
+
+    def flush(self) -> None:
+        """Make sure that every line is in ``metrics.jsonl``. Raises OSError naming it."""
         self._file.flush()
-        flat = {}
-        for key, value in values.items():
-            inner = value.items() if isinstance(value, dict) else [("", value)]
-            flat.update({f"{kind}/{key}/{name}".rstrip("/"): v for name, v in inner if isinstance(v, (int, float))})
-        if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(flat, step=step)
 
     def close(self) -> None:
         """Flush and close everything."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        close_loggers(self._loggers)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -79,20 +127,3 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
             return read
         reason = "it has no step"
     raise ValueError(f"{where}: expected a JSON object with a step, got {line[:60]!r} ({reason}); delete that line")
-
-
-def _start_wandb(run_dir: Path, config: TrainConfig) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError("log.wandb: true needs the package wandb: pip install wandb, or log.wandb=false") from None
-    name = config.run_name if config.log.wandb_run_name in (None, "auto") else config.log.wandb_run_name
-    return wandb.init(
-        project=config.log.wandb_project,
-        entity=config.log.wandb_entity,
-        name=name,
-        id=config.run_name,
-        resume="allow",
-        dir=str(run_dir),
-        config=config_to_dict(config),
-    )

@@ -9,16 +9,21 @@ import numpy as np
 import torch
 
 from m4.batches.masked import host_backend, mask_rows
+from m4.batches.order import SampleOrder
+from m4.batches.packing import drawn_counts
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
-from m4.device import autocast
+from m4.device import DTYPES, autocast, total_memory
+from m4.errors import ConfigError
 from m4.modalities import RowLayout
 from m4.model import M4
+from m4.schedule import Schedule
+from m4.training.finite import gradient_that_is_not_finite, loss_that_is_not_finite
 from m4kernels import MaskingSpec
 
 # An empty decoder is a rare but right draw (about 1 in 7,000 under the M4 recipe); eight in a row are not.
 _DRAWS = 8
-_CPU_SAMPLES = 4
+_FEW = 4  # samples for a check, and on a CPU for the smoke test
 
 
 @dataclass(frozen=True)
@@ -33,48 +38,98 @@ class SmokeReport:
         return samples * self.per_sample + samples / batch_size * self.fixed
 
 
-def smoke_test(
-    model: M4,
-    store: TokenStore,
-    rows: np.ndarray,
-    positions: np.ndarray,
-    spec: MaskingSpec,
-    config: TrainConfig,
-    device: torch.device,
-) -> SmokeReport:
-    """Check the first batch, and run forward and backward on a few of its samples (the whole on a GPU).
-
-    Leaves parameters as they are and no gradients behind.
+class Probe:
+    """Forward and backward of a few samples, beside the training step: they leave parameters and gradients as they are.
 
     Args:
-        rows, positions: int64 (B,), store rows of the batch and their positions in the training stream.
-    Raises:
-        ValueError: an id outside its vocabulary, a sample that never gets a target, a loss or gradient that is not
-            finite; the message names the row, modality or parameter.
+        model: it runs as it is, not compiled.
+        order: which rows of the store are trained on, by position.
     """
-    check_ids(store, rows, config)
-    check_targets(store, rows, positions, spec, config)
 
-    def seconds(samples: int, check: bool = False) -> float:
-        _synchronize(device)
+    def __init__(
+        self,
+        model: M4,
+        store: TokenStore,
+        order: SampleOrder,
+        spec: MaskingSpec,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self._model, self._store, self._order = model, store, order
+        self._spec, self._config, self._device = spec, config, device
+
+    def divergence(self, position: int, samples: int = _FEW) -> str | None:
+        """What is not finite, loss or gradient, in the samples at a position; None where all is well."""
+        losses, gradients = self._pass(position, min(samples, self._config.batch_size))
+        found = loss_that_is_not_finite(losses.tolist(), self._config.modalities)
+        return found or gradient_that_is_not_finite(gradients)
+
+    def smoke_test(self, position: int) -> SmokeReport:
+        """Check the batch at a position and run a few of its samples (the whole on a GPU).
+
+        Raises:
+            ValueError: an id outside its vocabulary, a sample that never gets a target, a loss or gradient that is not
+                finite; the message names the row, modality or parameter.
+        """
+        positions = np.arange(self._config.batch_size) + position
+        rows = self._order.rows(positions)
+        check_ids(self._store, rows, self._config)
+        check_targets(self._store, rows, positions, self._spec, self._config)
+        most = len(rows) if self._device.type == "cuda" else min(len(rows), _FEW)
+        found = self.divergence(position, most)  # not timed: it also pays for allocations and kernel choice
+        if found is not None:
+            raise ValueError(f"smoke test: {found}")
+        one, many = self._seconds(position, 1), self._seconds(position, most)
+        # What the first of many costs beyond the others is fixed; other work on the machine blurs it, hence the limits.
+        per_sample = min(max((many - one) / max(1, most - 1), 0.5 * many / most), many / most)
+        return SmokeReport(fixed=many - most * per_sample, per_sample=per_sample)
+
+    def _pass(self, position: int, samples: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Losses (M,) and the gradient of each parameter by name."""
+        positions = np.arange(samples) + position
+        rows = self._order.rows(positions)
+        batch = mask_rows(self._store, rows, positions, self._spec, seed=self._config.seed, device=self._device)
+        with autocast(self._config.dtype, self._device):
+            losses = self._model(batch)
+        named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        # Not into `.grad`, which belongs to the step: graphs know it by its address.
+        gradients = torch.autograd.grad(losses.total, list(named.values()), allow_unused=True)
+        held = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
+        return losses.per_modality.detach(), held
+
+    def _seconds(self, position: int, samples: int) -> float:
+        _synchronize(self._device)
         start = time.perf_counter()
-        batch = mask_rows(store, rows[:samples], positions[:samples], spec, seed=config.seed, device=device)
-        with autocast(config.dtype, device):
-            losses = model(batch)
-        losses.total.backward()
-        _synchronize(device)
-        elapsed = time.perf_counter() - start
-        if check:
-            check_finite(losses.per_modality, model, config.modalities, "smoke test")
-        model.zero_grad(set_to_none=True)
-        return elapsed
+        self._pass(position, samples)
+        _synchronize(self._device)
+        return time.perf_counter() - start
 
-    most = len(rows) if device.type == "cuda" else min(len(rows), _CPU_SAMPLES)
-    seconds(most, check=True)  # not timed: the first pass also pays for allocations and kernel choice
-    one, many = seconds(1), seconds(most)
-    # What the first of many costs beyond the others is fixed; other work on the machine blurs it, hence the limits.
-    per_sample = min(max((many - one) / max(1, most - 1), 0.5 * many / most), many / most)
-    return SmokeReport(fixed=many - most * per_sample, per_sample=per_sample)
+
+def check_memory(config: TrainConfig, schedule: Schedule, spec: MaskingSpec, device: torch.device) -> None:
+    """Raise ConfigError where a step needs more memory than there is, by an estimate that is far below the truth.
+
+    Counted are weights, gradients and two moments of the matrices; the input of every block, which the backward pass
+    needs; and the masked ids, positions and modalities of a step's samples.
+    """
+    model = config.model
+    inputs, targets = (counts.sum(1).mean() for counts in drawn_counts(spec, seed=0, sample_ids=np.arange(256)))
+    matrices = 4 * model.dim**2 * (model.enc_depth + model.dec_depth) + max(config.vocab_sizes) * model.dim
+    forward = (inputs * model.enc_depth + targets * model.dec_depth) * model.dim * DTYPES[config.dtype].itemsize
+    samples = schedule.samples_per_step
+    needed = {
+        "model": ("the model with its optimiser", matrices * 16.0),
+        "batch_size": (f"a forward pass of {config.batch_size:,} samples", config.batch_size * forward),
+        "global_batch_size": (f"the tokens of the {samples:,} samples of a step", samples * (inputs + targets) * 12),
+    }
+    there = total_memory(device)
+    if sum(amount for _, amount in needed.values()) > there:
+        key, (most, amount) = max(needed.items(), key=lambda part: part[1][1])
+        if key == "batch_size" and forward > there:  # one sample has no room either
+            key = "model"
+        raise ConfigError(
+            f"{key}: too large for the memory here: {most} needs at least {amount / 1e9:,.1f} GB, {device} has "
+            f"{there / 1e9:,.1f} GB in all; lower {key}"
+        )
 
 
 def check_ids(store: TokenStore, rows: np.ndarray, config: TrainConfig) -> None:
@@ -107,16 +162,6 @@ def check_targets(
     raise ValueError(
         f"training row {row} gets no target token in {_DRAWS} draws: check target_alphas and target_tokens_range"
     )
-
-
-def check_finite(per_modality: torch.Tensor, model: M4, modalities: list[str], when: str) -> None:
-    """Raise naming the modality whose loss, else the parameter whose gradient, is not finite."""
-    for name, loss in zip(modalities, per_modality.tolist(), strict=True):
-        if not np.isfinite(loss):
-            raise ValueError(f"{when}: the loss of {name} is {loss}")
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            raise ValueError(f"{when}: the losses are finite but the gradient of {name} is not")
 
 
 def _synchronize(device: torch.device) -> None:

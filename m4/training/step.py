@@ -61,6 +61,7 @@ class Figures:
     losses: list[float]  # (M,), of the last step; of the first that was not finite, if one was not
     norm: float  # of the gradient before clipping, of the same step
     updates: int  # steps since the last `read` that changed the parameters
+    lost: int  # steps since the last `read` that did not: one was not finite, the others came after it
     finite: bool
 
 
@@ -101,6 +102,7 @@ class TrainStep:
         self._batch: MaskedBatch | None = None  # the static one
         self._recorded: dict[str, Function] = {}
         self._done = 0  # micro-batches of this step
+        self._launched = 0  # steps that the device was given since the last `read`
         optimizer.found_inf = self._bad  # type: ignore[attr-defined]
         if execution.asynchronous:  # the rate, too, is read on the device
             for group in optimizer.param_groups:
@@ -158,14 +160,18 @@ class TrainStep:
     def update(self) -> None:
         """Clip and update, unless something was not finite."""
         self._recorded.get("update", self._update)()
+        self._launched += 1
 
-    def read(self) -> Figures:
-        """Wait for the device and see how the steps since the last `read` went."""
+    def read(self) -> Figures | None:
+        """Wait for the device and see how the steps since the last `read` went; None where there was none."""
+        if not self._launched:
+            return None
         *losses, norm, bad, updates = torch.cat(
             [self._losses, torch.stack([self._norm, self._bad, self._updates])]
         ).tolist()
         self._updates.zero_()
-        return Figures(losses, norm, round(updates), not bad)
+        lost, self._launched = self._launched - round(updates), 0
+        return Figures(losses, norm, round(updates), lost, not bad)
 
     def release(self) -> None:
         """Free the gradients, unless graphs own them."""

@@ -1,22 +1,20 @@
-"""What the tests of the training step share: a step with its model and feed, and what stands for a GPU."""
+"""What the tests of the training step share: steps of the trainer, and what stands for a GPU."""
 
+import dataclasses
 import traceback
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m4.batches.order import SampleStream
-from m4.batches.train import Feed
-from m4.build import build_model, data_root, masking_spec, open_split
 from m4.run.metrics import read_metrics
-from m4.schedule import Schedule
-from m4.training.optimizer import build_optimizer
-from m4.training.step import Execution, TrainStep
+from m4.training.step import Execution
+from m4.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 OPS = ("mask_tokens", "cross_modal_attention", "linear_cross_entropy")
 AS_ON_A_GPU = Execution(asynchronous=True, graphs=False)
+ON_A_CPU = Execution(asynchronous=False, graphs=False)
 needs_cuda = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -66,49 +64,29 @@ class ForbidReading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Setup:
-    """A model with a non-zero head, its optimiser, and feeds of both kinds."""
+class Steps:
+    """Steps of the real trainer, of a model with a non-zero head; figures are read when a test wants them."""
 
-    def __init__(self, config, device=CPU, execution=AS_ON_A_GPU, fixed_shapes=True):
-        self.config, self.device = config, device
-        self.plan = Schedule.of(config, 1)
-        store = open_split(config, data_root(config), "train")
-        self.feed = Feed(
-            store,
-            SampleStream(len(store), config.seed),
-            masking_spec(config),
-            config,
-            self.plan,
-            device,
-            fixed_shapes=fixed_shapes,
-            resident=True,
-        )
-        self.model = build_model(config, device)
+    def __init__(self, config, device=CPU, execution=AS_ON_A_GPU):
+        config = dataclasses.replace(config, log=dataclasses.replace(config.log, every=10**9))
+        self.trainer = Trainer(config, device=device, execution=execution, resident=execution.asynchronous)
+        self.model, self.optimizer, self.step = self.trainer.model, self.trainer.optimizer, self.trainer.step
+        self.batches = self.trainer.batches
         with torch.no_grad():
             self.model.to_logits.weight.copy_(
                 torch.randn(self.model.to_logits.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.1
             )
-        self.optimizer = build_optimizer(self.model, config)
-        forward = torch.compile(self.model, dynamic=not fixed_shapes) if config.compile else self.model
-        self.step = TrainStep(self.model, forward, self.optimizer, config, device, execution, self.feed.capacity)
 
-    def run(self, steps, first=0):
+    def run(self, steps):
         """Figures of each step."""
-        figures = []
-        for index in range(first, first + steps):
-            self.launch(index)
-            figures.append(self.step.read())
-        return figures
+        return [self.launch() or self.step.read() for _ in range(steps)]
 
-    def launch(self, index):
-        inputs = self.feed.step(index * self.plan.samples_per_step)
-        self.step.start(inputs.counts, 1e-3 * (index + 1))
-        for batch in inputs.micro_batches:
-            self.step.micro_batch(batch.masked)
-        self.step.update()
+    def launch(self):
+        """One step; its figures, if they were read."""
+        return self.trainer.train_step()
 
     def record(self, recorder):
-        self.step.record(self.feed.example(0), recorder, self.plan.accumulation)
+        self.trainer.record(recorder)
         return self
 
     def weights(self):

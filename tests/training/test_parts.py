@@ -1,7 +1,6 @@
 """One step of training in this process: accumulation, non-finite losses, the smoke test, evaluation."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from m4.batches.masked import fixed_batches, mask_rows
-from m4.batches.order import SampleStream
+from m4.batches.order import SampleOrder
 from m4.build import build_model, data_root, masking_spec, open_split
 from m4.checkpoint import newest_whole
 from m4.config import load_config
@@ -18,8 +17,8 @@ from m4.evaluation.losses import evaluate
 from m4.evaluation.unigram import count_tokens, unigram_baseline
 from m4.run.metrics import read_metrics
 from m4.schedule import Schedule
-from m4.train import train
-from m4.training.preflight import check_ids, check_targets, smoke_test
+from m4.training.preflight import Probe, check_ids, check_targets
+from m4.training.trainer import Trainer
 from tests.runs import MODALITIES
 
 CPU = torch.device("cpu")
@@ -54,11 +53,11 @@ def _gradients(model, batches):
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch(config, store, model):
-    spec, stream = masking_spec(config), SampleStream(len(store), config.seed)
+    spec, order = masking_spec(config), SampleOrder(len(store), config.seed)
     positions = np.arange(12)
 
     def masked(part):
-        return mask_rows(store, stream.rows(part), part, spec, seed=config.seed, device=CPU)
+        return mask_rows(store, order.rows(part), part, spec, seed=config.seed, device=CPU)
 
     whole_loss, whole = _gradients(model, [masked(positions)])
     for parts in (np.split(positions, 3), np.split(positions, [1, 7]), np.split(positions, 12)):
@@ -86,25 +85,13 @@ def test_recipe_plan():
     assert sum(schedule.due(1000, step) for step in range(schedule.steps + 1)) == 3
 
 
-def test_non_finite_loss_stops_before_anything_is_spoilt(config):
-    config.lr, config.save_ckpt_freq = 1e30, 0.008
-    with pytest.raises(ValueError, match=r"step \d+: .*(tok_rgb|coords|gradient).*lower lr") as caught:
-        train(config, "command")
-    assert "newest checkpoint is" in str(caught.value)
-    path, meta = newest_whole(config.run_dir)
-    assert f"step {meta['step'] + 1}:" in str(caught.value)
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(line["loss"]) for line in lines)
-    assert path.name == f"step-{meta['step']:08d}"
-
-
 @pytest.mark.parametrize("setting", [{"dtype": "bf16"}, {"kernels": "reference"}, {"clip_grad": None}])
 def test_other_ways_to_train_learn_the_same(config, setting):
     """Three steps in bfloat16, on the padded reference or without clipping stay close to the usual ones."""
     config.stop_after_steps, config.run_name = 3, "usual"
-    assert train(config, "command") == 0
+    assert Trainer(config).run("command") == 0
     other = dataclasses.replace(config, run_name="other", **setting)
-    assert train(other, "command") == 0
+    assert Trainer(other).run("command") == 0
     losses = [
         [line["loss"] for line in read_metrics(c.run_dir / "metrics.jsonl") if line["kind"] == "train"]
         for c in (config, other)
@@ -115,11 +102,13 @@ def test_other_ways_to_train_learn_the_same(config, setting):
     assert all(tensor.dtype == torch.float32 for tensor in load_file(path / "model.safetensors").values())
 
 
+def _probe(config, store, model):
+    return Probe(model, store, SampleOrder(len(store), config.seed), masking_spec(config), config, CPU)
+
+
 def test_smoke_test_leaves_no_trace(config, store, model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    positions = np.arange(config.batch_size)
-    rows = SampleStream(len(store), config.seed).rows(positions)
-    report = smoke_test(model, store, rows, positions, masking_spec(config), config, CPU)
+    report = _probe(config, store, model).smoke_test(0)
     assert report.per_sample > 0
     assert report.recipe_seconds(1000, 10) >= 1000 * report.per_sample
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -129,9 +118,8 @@ def test_smoke_test_leaves_no_trace(config, store, model):
 def test_smoke_test_finds_a_loss_that_is_not_finite(config, store, model):
     with torch.no_grad():
         model.dec_norm.weight[0] = torch.nan
-    positions = np.arange(config.batch_size)
     with pytest.raises(ValueError, match="smoke test: the loss of tok_rgb is nan"):
-        smoke_test(model, store, positions, positions, masking_spec(config), config, CPU)
+        _probe(config, store, model).smoke_test(0)
 
 
 def test_smoke_test_finds_an_id_outside_its_vocabulary(config, store):

@@ -13,23 +13,24 @@ import torch
 from safetensors.torch import load_file
 
 import m4.batches.train
-import m4.train
+import m4.training.trainer
 from m4.batches.rows import TokenRows
 from m4.build import data_root, open_split
 from m4.checkpoint import newest_whole
 from m4.config import load_config
 from m4.errors import ConfigError
-from m4.train import train
 from m4.training.optimizer import build_optimizer, load_optimizer_state
 from m4.training.step import Execution
+from m4.training.trainer import Trainer
 from tests.runs import environment
 from tests.training.step_setup import (
     AS_ON_A_GPU,
     CPU,
+    ON_A_CPU,
     OPS,
     ForbidReading,
     PlainRecorder,
-    Setup,
+    Steps,
     assert_same,
     logged_losses,
 )
@@ -39,8 +40,7 @@ from tests.training.step_setup import (
 def test_fixed_shapes_change_nothing_but_the_order_of_sums(config, setting):
     """Tail tokens count for nothing and dealt samples are those of the step: losses, norms and updates agree."""
     config = dataclasses.replace(config, **setting)
-    ragged = Setup(config, execution=Execution(False, False), fixed_shapes=False)
-    fixed = Setup(config)
+    ragged, fixed = Steps(config, execution=ON_A_CPU), Steps(config)
     loose = {"rel": 2e-2} if config.dtype == "bf16" else {"rel": 1e-4}
     for a, b in zip(ragged.run(3), fixed.run(3), strict=True):
         assert b.losses == pytest.approx(a.losses, **loose)
@@ -61,10 +61,10 @@ def _samples(masked):
 
 
 def test_micro_batches_have_one_shape_and_the_samples_of_the_step(config):
-    fixed, ragged = Setup(config), Setup(config, fixed_shapes=False)
+    fixed, ragged = Steps(config), Steps(config, execution=ON_A_CPU)
     seen = set()
     for index in range(4):
-        steps = [setup.feed.step(index * 8) for setup in (fixed, ragged)]
+        steps = [side.batches.step(index * 8) for side in (fixed, ragged)]
         assert torch.equal(steps[0].counts, steps[1].counts)
         batches = [list(step.micro_batches) for step in steps]
         assert sum(b.valid_tokens for b in batches[0]) == sum(b.valid_tokens for b in batches[1])
@@ -81,9 +81,9 @@ def test_micro_batches_have_one_shape_and_the_samples_of_the_step(config):
 def test_recorded_functions_are_the_step(config, accumulation):
     """Static tensors, warm-up without trace, gradients handed over by the first micro-batch: the same bits."""
     config.global_batch_size = 4 * accumulation
-    plain, recorder = Setup(config), PlainRecorder()
+    plain, recorder = Steps(config), PlainRecorder()
     before = plain.weights()
-    recorded = Setup(config).record(recorder)
+    recorded = Steps(config).record(recorder)
     assert recorder.recorded == 2 + (accumulation > 1)
     assert_same(before, recorded.weights(), rtol=0, atol=0)
     assert plain.run(4) == recorded.run(4)
@@ -106,23 +106,19 @@ def test_a_step_that_does_not_fit_runs_at_a_larger_capacity(config, monkeypatch)
         return forward
 
     monkeypatch.setattr(torch, "compile", pretend)
-    plain, recorded = Setup(config), Setup(config).record(PlainRecorder())
-    shapes, usual = [], m4.batches.train.deal
+    plain, recorded = Steps(config), Steps(config).record(PlainRecorder())
+    usual = m4.batches.train.deal
+    compiled.clear()
     for index in range(4):
-        if index == 2:  # as if this step had many more tokens than the mean
+        if index == 2:  # as if the step after it, which it prepares, had many more tokens than the mean
             monkeypatch.setattr(m4.batches.train, "deal", lambda *arguments: (usual(*arguments)[0], (256, 256)))
         else:
             monkeypatch.setattr(m4.batches.train, "deal", usual)
         for setup in (plain, recorded):
-            inputs = setup.feed.step(index * 8)
-            setup.step.start(inputs.counts, 1e-3)
-            for batch in inputs.micro_batches:
-                shapes.append(len(batch.masked.encoder.ids))
-                setup.step.micro_batch(batch.masked)
-            setup.step.update()
+            setup.launch()
         assert plain.step.read() == recorded.step.read()
-    assert set(shapes) == {128, 256}
     assert set(compiled) == {128}
+    assert len(compiled) == 2 * 2 * 3  # of four steps, one is larger
     assert_same(plain.weights(), recorded.weights(), rtol=0, atol=0)
 
 
@@ -132,15 +128,15 @@ def test_nothing_reads_values_between_log_points(config, recorded, kernels):
     def refuse(*_):
         raise AssertionError("a tensor's value is read on the host")
 
-    setup = Setup(dataclasses.replace(config, kernels=kernels))
+    setup = Steps(dataclasses.replace(config, kernels=kernels))
     if recorded:
         setup.record(PlainRecorder())
     setup.run(1)
-    setup.feed.prepare(8)  # on the host, of numbers that never were on the device
+    setup.batches.prepare(8)  # on the host, of numbers that never were on the device
     with ForbidReading(), pytest.MonkeyPatch.context() as patch:
         for method in ("tolist", "__bool__", "__int__", "__float__", "cpu"):  # not all of them are operators on a CPU
             patch.setattr(torch.Tensor, method, refuse)
-        setup.launch(1)
+        setup.launch()
     assert setup.step.read().updates == 1
     with pytest.raises(AssertionError, match="reads values"), ForbidReading():
         setup.model.pos_emb.sum().item()
@@ -158,7 +154,7 @@ def test_step_through_triton(config, monkeypatch):
     figures, weights = [], []
     for backend in ("", "triton"):
         monkeypatch.setenv("M4KERNELS_BACKEND", backend)
-        setup = Setup(config)
+        setup = Steps(config)
         figures += setup.run(1)
         weights.append(setup.weights())
     assert figures[1].losses == pytest.approx(figures[0].losses, rel=1e-5)
@@ -168,7 +164,7 @@ def test_step_through_triton(config, monkeypatch):
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_after_a_step_that_is_not_finite_nothing_changes(config, recorded):
-    setup = Setup(config)
+    setup = Steps(config)
     if recorded:
         setup.record(PlainRecorder())
     setup.run(2)
@@ -177,11 +173,11 @@ def test_after_a_step_that_is_not_finite_nothing_changes(config, recorded):
         setup.model.dec_norm.weight[0] = torch.inf
     before = setup.weights()
     moments = [state["exp_avg"].clone() for state in setup.optimizer.state.values()]
-    setup.launch(2)
+    setup.launch()
     with torch.no_grad():
         setup.model.dec_norm.weight.copy_(healthy)  # later steps are finite again, and still do not count
     before["dec_norm.weight"] = healthy.clone()
-    setup.launch(3)
+    setup.launch()
     figures = setup.step.read()
     assert not figures.finite
     assert figures.updates == 0
@@ -194,7 +190,7 @@ def test_after_a_step_that_is_not_finite_nothing_changes(config, recorded):
 
 def test_settings_of_the_optimizer_are_not_loaded(config):
     """A run captured on a GPU resumes on a CPU, and the reverse."""
-    setup = Setup(config)
+    setup = Steps(config)
     setup.run(1)
     saved = setup.optimizer.state_dict()
     saved["param_groups"][0]["capturable"] = True
@@ -220,25 +216,25 @@ def test_rows_of_a_resident_store_are_those_of_the_file(config):
 def test_training_as_on_a_gpu(config, monkeypatch):
     """The whole trainer with fixed shapes and late reading: the same losses; a resumed run ends with the same bits."""
     config.log.every, config.stop_after_steps = 3, 10
-    assert train(dataclasses.replace(config, run_name="usual"), "command") == 0
-    monkeypatch.setattr(m4.train.Execution, "of", lambda *_: AS_ON_A_GPU)
+    assert Trainer(dataclasses.replace(config, run_name="usual")).run("command") == 0
+    monkeypatch.setattr(m4.training.trainer.Execution, "of", lambda *_: AS_ON_A_GPU)
     straight = dataclasses.replace(config, run_name="straight")
-    assert train(straight, "command") == 0
+    assert Trainer(straight).run("command") == 0
     usual = logged_losses(dataclasses.replace(config, run_name="usual"))
     assert logged_losses(straight).keys() == usual.keys() == {3, 6, 9}
     assert logged_losses(straight) == pytest.approx(usual, rel=1e-3)
     pieces = dataclasses.replace(config, run_name="pieces", stop_after_steps=4)
-    assert train(pieces, "command") == 0
-    assert train(dataclasses.replace(pieces, stop_after_steps=10), "command") == 0
+    assert Trainer(pieces).run("command") == 0
+    assert Trainer(dataclasses.replace(pieces, stop_after_steps=10)).run("command") == 0
     weights = [load_file(newest_whole(c.run_dir)[0] / "model.safetensors") for c in (straight, pieces)]
     assert_same(*weights, rtol=0, atol=0)
 
 
 def test_a_loss_that_is_not_finite_is_dated_right_when_read_late(config, monkeypatch):
-    monkeypatch.setattr(m4.train.Execution, "of", lambda *_: AS_ON_A_GPU)
+    monkeypatch.setattr(m4.training.trainer.Execution, "of", lambda *_: AS_ON_A_GPU)
     config.lr, config.log.every, config.save_ckpt_freq, config.eval_freq = 1e30, 4, 100, 100
     with pytest.raises(ValueError, match=r"step (\d+): .*lower lr") as caught:
-        train(config, "command")
+        Trainer(config).run("command")
     summary = json.loads((config.run_dir / "summary.json").read_text())
     assert f"step {summary['steps'] + 1}:" in str(caught.value)
     assert summary["samples"] == 8 * summary["steps"]
@@ -255,9 +251,9 @@ def test_training_needs_no_omegaconf(tiny_train_config):
     program = (
         "import sys; sys.modules['omegaconf'] = None\n"
         "from m4.config import DataSection, LogSection, ModelSection, TrainConfig\n"
-        "from m4.train import train\n"
+        "from m4.training.trainer import Trainer\n"
         f"config = {tiny_train_config!r}\n"
-        "for config.stop_after_steps in (1, 2):\n    assert train(config, 'command') == 0\n"
+        "for config.stop_after_steps in (1, 2):\n    assert Trainer(config).run('command') == 0\n"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from m4.checkpoint import newest_whole
-from m4.train import train
 from m4.training.graphs import CudaGraphs
 from m4.training.step import Execution
-from tests.training.step_setup import Setup, assert_same, logged_losses, needs_cuda
+from m4.training.trainer import Trainer
+from tests.training.step_setup import Steps, assert_same, logged_losses, needs_cuda
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_captured_step_is_the_eager_step(config, setting, _):
     config = dataclasses.replace(config, **setting)
     config.input_tokens_range, config.target_tokens_range = [12, 24], [4, 12]
     cuda = torch.device("cuda")
-    eager = Setup(dataclasses.replace(config, compile=False), cuda)
-    graphs = Setup(config, cuda, Execution(True, True)).record(CudaGraphs(cuda))
+    eager = Steps(dataclasses.replace(config, compile=False), cuda)
+    graphs = Steps(config, cuda, Execution(True, True)).record(CudaGraphs(cuda))
     if config.kernels == "reference" or config.compile:
         rounding = 2e-2 if config.dtype == "bf16" else 1e-3
         for a, b in zip(eager.run(5), graphs.run(5), strict=True):
@@ -44,7 +44,7 @@ def test_captured_step_is_the_eager_step(config, setting, _):
         return
     assert eager.run(5) == graphs.run(5)
     assert_same(eager.weights(), graphs.weights(), rtol=0, atol=0)
-    again = Setup(config, cuda, Execution(True, True)).record(CudaGraphs(cuda))
+    again = Steps(config, cuda, Execution(True, True)).record(CudaGraphs(cuda))
     again.run(5)
     assert_same(again.weights(), graphs.weights(), rtol=0, atol=0)
 
@@ -52,14 +52,14 @@ def test_captured_step_is_the_eager_step(config, setting, _):
 @pytest.mark.parametrize("captured", [pytest.param(value, marks=needs_cuda) for value in (False, True)])
 def test_no_synchronisation_between_log_points(config, captured):
     cuda = torch.device("cuda")
-    setup = Setup(config, cuda, Execution(True, captured))
+    setup = Steps(config, cuda, Execution(True, captured))
     if captured:
         setup.record(CudaGraphs(cuda))
     setup.run(2)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for index in (2, 3, 4):
-            setup.launch(index)
+        for _ in range(3):
+            setup.launch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     figures = setup.step.read()
@@ -71,15 +71,15 @@ def test_no_synchronisation_between_log_points(config, captured):
 def test_trainer_on_cuda(config, graphs):
     """As on the CPU within rounding, and bit for bit when it is resumed."""
     config.stop_after_steps, config.log.every = 10, 2
-    assert train(dataclasses.replace(config, run_name="cpu"), "command") == 0
+    assert Trainer(dataclasses.replace(config, run_name="cpu")).run("command") == 0
     config.device, config.cuda_graphs = "cuda", graphs
     straight = dataclasses.replace(config, run_name="straight")
-    assert train(straight, "command") == 0
+    assert Trainer(straight).run("command") == 0
     assert logged_losses(straight) == pytest.approx(
         logged_losses(dataclasses.replace(config, run_name="cpu")), rel=1e-2
     )
     pieces = dataclasses.replace(config, run_name="pieces", stop_after_steps=4)
-    assert train(pieces, "command") == 0
-    assert train(dataclasses.replace(pieces, stop_after_steps=10), "command") == 0
+    assert Trainer(pieces).run("command") == 0
+    assert Trainer(dataclasses.replace(pieces, stop_after_steps=10)).run("command") == 0
     weights = [load_file(newest_whole(c.run_dir)[0] / "model.safetensors") for c in (straight, pieces)]
     assert_same(*weights, rtol=0, atol=0)

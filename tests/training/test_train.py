@@ -16,7 +16,7 @@ from m4.checkpoint import newest_whole
 from m4.config import load_config
 from m4.run.directory import only_process
 from m4.run.metrics import read_metrics
-from m4.train import train
+from m4.training.trainer import Trainer
 from tests.runs import REPOSITORY, command, environment, run_command_line
 
 
@@ -175,13 +175,13 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(straight, tiny_config):
         ("tiny", "log.wandb=true", ["wandb", "pip install"]),
         ("tiny", "model.attention={decoder: sideways}", ["attention.decoder", "sideways"]),
         ("tiny", "data.eval_split=evaluation", ["evaluation"]),
-        ("straight", "lr=0.5", ["lr is 0.002 there and 0.5 now", "run_name"]),
+        ("straight", "weight_decay=0.5", ["weight_decay is 0.05 there and 0.5 now", "run_name"]),
     ],
 )
 def test_what_cannot_run_says_why(straight, tiny_config, config, override, said):
     path = tiny_config if config == "tiny" else straight[0] / "config.yaml"
     with pytest.raises(ValueError, match=re.escape(said[0])) as caught:
-        train(load_config(path, [override])[0], "command")
+        Trainer(load_config(path, [override])[0]).run("command")
     for part in said:
         assert part in str(caught.value)
 
@@ -189,13 +189,13 @@ def test_what_cannot_run_says_why(straight, tiny_config, config, override, said)
 def test_run_directory_that_cannot_be_written(tiny_config):
     (tiny_config.parent / "runs").write_text("a file where the folder should be")
     with pytest.raises(ValueError, match=r"runs.*folder that can be written"):
-        train(load_config(tiny_config)[0], "command")
+        Trainer(load_config(tiny_config)[0]).run("command")
 
 
 def test_two_trainers_in_one_run_directory(tiny_config):
     config, _ = load_config(tiny_config)
     with only_process(config.run_dir), pytest.raises(ValueError, match="another process"):
-        train(config, "command")
+        Trainer(config).run("command")
 
 
 def test_a_mistake_is_one_line_and_status_2(tiny_config):

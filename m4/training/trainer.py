@@ -1,0 +1,330 @@
+"""One run of training: its parts, its loop, and what it does beside the steps: resume, evaluate, save, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from m4.batches.masked import fixed_batches
+from m4.batches.order import SampleOrder
+from m4.batches.train import TrainBatches
+from m4.build import build_model, data_root, masking_spec, open_split
+from m4.checkpoint import (
+    RunIdentity,
+    check_same_run,
+    checkpoint_bytes,
+    clean_temporaries,
+    load_checkpoint,
+    save_checkpoint,
+    whole_checkpoints,
+)
+from m4.config import TrainConfig, config_to_yaml
+from m4.data.store import TokenStore
+from m4.device import HeapTrimmer, enough_memory, pick_device
+from m4.distributed import World
+from m4.evaluation.losses import evaluate
+from m4.files import write_atomically
+from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
+from m4.run.directory import check_room, only_process, resolve_paths, write_summary
+from m4.run.metrics import RunLog
+from m4.run.signals import Interrupted, StopSignals
+from m4.run.state import LoopState, random_state, set_random_state
+from m4.schedule import Schedule, learning_rate
+from m4.training.finite import diverged, loss_that_is_not_finite, state_that_is_not_finite
+from m4.training.graphs import CudaGraphs, Recorder
+from m4.training.optimizer import build_optimizer, load_optimizer_state
+from m4.training.preflight import Probe, check_memory
+from m4.training.step import Execution, Figures, TrainStep
+
+log = logging.getLogger(__name__)
+
+_LESS_MEMORY = "lower batch_size (global_batch_size stays the samples of a step) or the size of the model"
+
+
+class Stores(NamedTuple):
+    """The packed tokens of a run."""
+
+    train: TokenStore
+    evaluation: TokenStore
+
+
+class Trainer:
+    """A run: `run` trains it to its end. `train_step` alone is a step of the very same, and writes nothing.
+
+    Args:
+        config: the run.
+        stores: its data; default what ``data`` says.
+        device: default what ``device`` says.
+        execution: how steps run; default what suits the device.
+        resident: as in `m4.batches.rows.TokenRows`.
+    Raises:
+        ValueError: something in the configuration or its data cannot be run; nothing has been written.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        stores: Stores | None = None,
+        device: torch.device | None = None,
+        execution: Execution | None = None,
+        resident: bool | None = None,
+    ) -> None:
+        self.config = config = resolve_paths(config)
+        self.device = device = device or pick_device(config.device)
+        self.execution = execution or Execution.of(config, device)
+        self.schedule = Schedule.of(config, World.from_environment().size)
+        self.spec = masking_spec(config)
+        check_memory(config, self.schedule, self.spec, device)
+        self.stores = stores or _open_stores(config)
+        train, fixed = self.stores.train, self.execution.asynchronous
+        self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step)
+        with enough_memory(_LESS_MEMORY):
+            self.model = build_model(config, device)
+            self.optimizer = build_optimizer(self.model, config)
+            order = SampleOrder(len(train), config.seed)
+            self.batches = TrainBatches(
+                train, order, self.spec, config, self.schedule, device, fixed_shapes=fixed, resident=resident
+            )
+            forward = torch.compile(self.model, dynamic=not fixed) if config.compile else self.model
+            self.step = TrainStep(
+                self.model, forward, self.optimizer, config, device, self.execution, self.batches.capacity
+            )
+        self.probe = Probe(self.model, train, order, self.spec, config, device)
+        self.state = LoopState()
+        self.progress = TrainingProgress(config, self.schedule, self.state, device)
+        self.stop = StopSignals()
+        self.log: RunLog | None = None  # open while `run` runs
+        self._saved_step = -1
+        self._checked_at = time.monotonic()
+
+    def run(self, command: str) -> int:
+        """Train from where the run stands to its end; returns the exit status, 128 + the signal's number after one.
+
+        Args:
+            command: what to type to resume.
+        """
+        with only_process(self.config.run_dir), self.stop, enough_memory(_LESS_MEMORY):
+            self.resume()
+            self.announce()
+            if self.state.step >= self.schedule.steps:
+                log.info("the run is complete (%d steps); for another one set run_name=NAME", self.state.step)
+                return 0
+            self.log = RunLog(self.config.run_dir, self.config, self._saved_step)
+            try:
+                self.prepare()
+                self.loop()
+            except Interrupted as interrupted:
+                self.optimizer.zero_grad(set_to_none=True)
+                log.info("stopping on %s after step %d", interrupted, self.state.step)
+                self.save()
+                log.info("to resume, give the same command again:\n  %s", command)
+                return interrupted.exit_status
+            finally:
+                self.close()
+        if self.state.step < self.schedule.steps:
+            stop, steps = self.config.stop_after_steps, self.schedule.steps
+            log.info("stopped at stop_after_steps=%d of %d steps; raise or drop it to go on", stop, steps)
+        return 0
+
+    def loop(self) -> None:
+        """Step until the last one; evaluate and save when due."""
+        config, state, schedule = self.config, self.state, self.schedule
+        heap = HeapTrimmer()
+        while True:
+            last = state.step >= min(schedule.steps, config.stop_after_steps or schedule.steps)
+            if last or state.step == 0 or schedule.due(config.eval_freq, state.step):
+                self.evaluate()
+            if last or schedule.due(config.save_ckpt_freq, state.step):
+                self.save()
+            if last:
+                return
+            self.train_step()
+            heap.step()
+            self.stop.check()
+
+    def train_step(self) -> Figures | None:
+        """One optimiser step from where the state stands; returns its figures if they were read."""
+        position = self.state.position + self.schedule.samples_per_step
+        rate = learning_rate(self.schedule.tokens(position), self.config)
+        inputs = self.batches.step(self.state.position)
+        self.step.start(inputs.counts, rate)
+        for batch in inputs.micro_batches:
+            self.stop.check()
+            self.step.micro_batch(batch.masked)
+            self.progress.micro_batch(batch.samples, batch.valid_tokens)
+        with self.stop.deferred():  # parameters, state and metrics go together
+            self.step.update()
+            self.state.step += 1
+            self.state.position = position
+            self.batches.prepare(position)  # while the device is busy
+            figures = self.report(rate)
+            self.step.release()
+        return figures
+
+    def report(self, rate: float) -> Figures | None:
+        """Read, show and log the step just launched, if that is due: at log points, on a CPU after every step."""
+        due = self.state.step % self.config.log.every == 0 or self.state.step == self.schedule.steps
+        if not due and self.execution.asynchronous:
+            return None
+        figures = self.check()
+        assert figures is not None
+        metrics = self.progress.step(figures.losses, figures.norm, rate)
+        if due and self.log is not None:
+            self.log.write("train", self.state.step, metrics)
+        return figures
+
+    def check(self) -> Figures | None:
+        """Wait for the steps that were launched, if any; raise ValueError if one of them was not finite."""
+        figures = self.step.read()
+        if figures is None:
+            return None
+        if not figures.finite:
+            self.state.step -= figures.lost
+            self.state.position -= figures.lost * self.schedule.samples_per_step
+            found = loss_that_is_not_finite(figures.losses, self.config.modalities)
+            found = found or f"the losses are finite but the gradient norm is {figures.norm}"
+            self.stop_diverged(f"step {self.state.step + 1}: {found}")
+        now = time.monotonic()
+        self.state.seconds += now - self._checked_at
+        self._checked_at = now
+        return figures
+
+    def evaluate(self) -> None:
+        """Losses on the evaluation split, unless this step has them already."""
+        config, state, store = self.config, self.state, self.stores.evaluation
+        if state.evaluated_step == state.step:
+            return
+        self.check()
+        what = f"evaluating on {config.data.eval_split}"
+        samples = min(len(store), config.eval_samples or len(store))
+        log.info("%s: %d samples", what, samples)
+        batches = fixed_batches(
+            store,
+            self.spec,
+            seed=config.eval_seed,
+            batch_size=config.batch_size,
+            max_samples=samples,
+            device=self.device,
+        )
+        self.model.eval()
+        shown = show_progress(batches, what, samples, size=lambda batch: batch.decoder.segments.batch_size)
+        result = evaluate(self.model, shown, config, self.device, after_batch=self.stop.check)
+        self.model.train()
+        found = loss_that_is_not_finite([x or 0.0 for x in result.per_modality.values()], config.modalities)
+        if found is not None:
+            self.stop_diverged(f"evaluation after step {state.step}: {found}")
+        self.keep_evaluation(asdict(result))
+        log.info("step %d  eval %s", state.step, result)
+
+    def keep_evaluation(self, result: dict) -> None:
+        """Log an evaluation of this step and keep it in the state."""
+        state = self.state
+        with self.stop.deferred():
+            if self.log is not None:
+                self.log.write("eval", state.step, {"tokens": self.schedule.tokens(state.position), **result})
+            state.evaluation = result
+            state.first_evaluation = state.first_evaluation or result
+            state.evaluated_step = state.step
+
+    def save(self) -> None:
+        """Write a checkpoint from which training can go on, unless there is one of this step; else raise ValueError."""
+        self.check()
+        if self._saved_step == self.state.step:
+            return
+        found = self.divergence()
+        if found is not None:
+            self.stop_diverged(f"after step {self.state.step} {found}")
+        with self.stop.deferred():
+            if self.log is not None:
+                self.log.flush()  # what leads to a checkpoint is on the disk before it
+            contents = {
+                "optimizer": self.optimizer.state_dict(),
+                "loop": asdict(self.state),
+                "random": random_state(),
+            }
+            config = self.config
+            path = save_checkpoint(config.run_dir, self.state.step, self.model, contents, config, self.identity)
+            self._saved_step = self.state.step
+            log.info("saved %s", path)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint from which training can go on, if there is one."""
+        clean_temporaries(self.config.run_dir)
+        for path, meta in whole_checkpoints(self.config.run_dir):
+            changes = check_same_run(path, meta, self.config, self.identity)
+            saved = load_checkpoint(path, self.model)
+            load_optimizer_state(self.optimizer, saved["optimizer"])
+            self.state.restore(saved["loop"])
+            found = self.divergence()
+            if found is None:
+                set_random_state(saved["random"])
+                self._saved_step = self.state.step
+                for change in changes:
+                    log.warning("%s", change)
+                log.info("resuming from %s", path)
+                return
+            log.warning("skipping %s: %s, the run had diverged there", path, found)
+            self.start_over()
+
+    def start_over(self) -> None:
+        """Weights, optimiser and state of a fresh run."""
+        self.model.load_state_dict(build_model(self.config, self.device).state_dict())
+        self.optimizer.state.clear()
+        self.state.restore({})
+
+    def divergence(self) -> str | None:
+        """What is not finite in the weights, the optimiser, or the losses and gradients of a few samples to come."""
+        found = state_that_is_not_finite(self.model, self.optimizer)
+        return found or self.probe.divergence(self.state.position)
+
+    def stop_diverged(self, found: str) -> NoReturn:
+        """Raise ValueError: what was found and how to go on."""
+        raise diverged(found, self.config)
+
+    def announce(self) -> None:
+        """Say what will run and keep its configuration in the run directory."""
+        write_atomically(self.config.run_dir / "config.yaml", config_to_yaml(self.config).encode())
+        parameters = sum(p.numel() for p in self.model.parameters())
+        samples = (len(self.stores.train), len(self.stores.evaluation))
+        announce(self.config, self.schedule, self.device, parameters=parameters, samples=samples)
+        if self.batches.capacity:
+            log.info("micro-batches of %d input and %d target tokens", *self.batches.capacity)
+
+    def prepare(self) -> None:
+        """What happens once before the first step: checks, an estimate of the time, recording, the clock."""
+        check_room(self.config.run_dir, checkpoint_bytes(self.model))
+        log.info("smoke test: a few samples forward and backward")
+        smoke = self.probe.smoke_test(self.state.position)
+        size = self.config.batch_size
+        announce_estimate(self.schedule, self.device, lambda n: smoke.recipe_seconds(n, size), smoke.per_sample)
+        if self.execution.graphs:
+            log.info("recording the step as CUDA graphs")
+            with self.stop.deferred():
+                self.record(CudaGraphs(self.device))
+        self.progress.start()
+        self._checked_at = time.monotonic()
+
+    def record(self, recorder: Recorder) -> None:
+        """Record the step with a batch of the usual shapes; parameters and moments stay as they are."""
+        self.step.record(self.batches.example(self.state.position), recorder, self.schedule.accumulation)
+
+    def close(self) -> None:
+        """Close the bar and the loggers and write the summary; what cannot be written is said."""
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+            self.log = None
+        try:
+            write_summary(self.config, self.schedule, self.state, self.device)
+        except OSError as error:
+            log.error("%s", error)
+
+
+def _open_stores(config: TrainConfig) -> Stores:
+    root = data_root(config)
+    return Stores(open_split(config, root, config.data.train_split), open_split(config, root, config.data.eval_split))
