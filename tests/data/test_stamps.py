@@ -117,12 +117,29 @@ def test_a_root_in_another_place_gives_its_own_tokens(tmp_path, elsewhere):
     np.testing.assert_array_equal(open_it(tmp_path / "there").tokens, expected(rgb, coords))
 
 
+def stamp_of(path):
+    os.utime(path, (FIXED, FIXED))
+    stamp = FileStamp()
+    stamp.add("x", path.stat())
+    return stamp
+
+
 def test_a_change_within_the_same_clock_tick_is_seen(tmp_path):
-    """Written, opened and written again at once, at any distance: the kernel's clock stands still for milliseconds."""
+    """Written, stamped and written again at once: the kernel's clock stands still for milliseconds."""
+    path = tmp_path / "x"
+    for _ in range(20):
+        path.write_bytes(b"a")
+        before = stamp_of(path)
+        before.settle()
+        path.write_bytes(b"b")
+        assert stamp_of(path).hexdigest() != before.hexdigest()
+
+
+def test_a_store_opened_between_two_changes(tmp_path):
     rgb, coords = tokens(0, samples=2)
     root = write(tmp_path, rgb, coords)
     path = root / "train/rgb/000001/rgb.npy"
-    for value in range(25):
+    for value in range(8):
         rgb[1] = value
         np.save(path, rgb[1].astype(np.int32))
         os.utime(path, (FIXED, FIXED))
