@@ -10,10 +10,12 @@ from pathlib import Path
 
 from m4.arguments import CommandParser, check_picture_path, number, whole
 from m4.cli import exit_status, run_command
+from m4.data.checks import MAX_SEED, MAX_WORKERS
 from m4.data.framing import FRAMINGS
 from m4.data.inspection.dataset_statistics import describe, read_all
 from m4.data.inspection.sheet import compare_with_frames, sheet_of
 from m4.data.layout import find_splits, read_meta
+from m4.data.penn_action import list_videos
 from m4.data.preparation.captions import CAPTIONS
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.pairs import SSIM_THRESHOLD
@@ -28,7 +30,7 @@ from m4.errors import ConfigError
 from m4.files import write_atomically
 from m4.pictures.sheets import picture_bytes, picture_endings
 
-_SEED, _WORKERS = whole(0, 2**63 - 1), whole(1, 1024)
+_SEED, _WORKERS = whole(0, MAX_SEED), whole(1, MAX_WORKERS)
 _MAX_ON_SHEET = 600  # three columns of 200 rows are as tall as a JPEG may be
 
 
@@ -132,9 +134,11 @@ def _inspect(options: argparse.Namespace) -> None:
             raise ConfigError(f"--samples: expected 1 … {_MAX_ON_SHEET} on one sheet, got {options.samples}")
         find_splits(root)  # before a folder is made for the sheet
         check_picture_path("--sheet", sheet, picture_endings())
+    source = options.penn_action or (root / "videos" if (root / "videos/frames").is_dir() else None)
+    if source is not None:
+        list_videos(source)  # a wrong folder is found before any work
     splits = read_all(root)
     print(describe(root, splits))
-    source = options.penn_action or (root / "videos" if (root / "videos/frames").is_dir() else None)
     if source is None and sheet is None:
         return
     tokenizer = tokenizer_of(read_meta(root), options.tokenizer, options.cosmos_dir)
@@ -161,9 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     synth = commands.add_parser("synth", help="write animated videos in the Penn Action layout")
-    synth.add_argument("--out", type=Path, required=True)
+    synth.add_argument("--out", type=_path, required=True)
     synth.add_argument("--videos", type=whole(1), required=True)
-    synth.add_argument("--poses", type=Path, help="folder of Penn Action labels to re-enact")
+    synth.add_argument("--poses", type=_path, help="folder of Penn Action labels to re-enact")
     synth.add_argument("--seed", type=_SEED, default=0)
     synth.add_argument("--frames", type=_frames, help="frames per video, N or FEWEST-MOST (with --poses: at most N)")
     synth.add_argument("--size", type=_size, help="frame size WxH; default a mixture of Penn Action's")
@@ -173,13 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     synth.set_defaults(run=_synth)
 
     make = commands.add_parser("prepare", help="turn videos into token samples")
-    make.add_argument("--penn-action", type=Path, required=True, help="folder with frames/ and labels/")
-    make.add_argument("--out", type=Path, required=True)
+    make.add_argument("--penn-action", type=_path, required=True, help="folder with frames/ and labels/")
+    make.add_argument("--out", type=_path, required=True)
     make.add_argument("--tokenizer", choices=TOKENIZERS, default="fsq")
-    make.add_argument("--cosmos-dir", help="folder with encoder.jit and decoder.jit; default the Hugging Face cache")
+    make.add_argument(
+        "--cosmos-dir",
+        type=_home,
+        help="folder with encoder.jit and decoder.jit; default the Hugging Face cache",
+    )
     make.add_argument("--cosmos-dtype", choices=DTYPES, help="default bf16 on a GPU, fp32 on a CPU")
     make.add_argument("--captions", choices=CAPTIONS, default="label")
-    make.add_argument("--blip-dir", help="folder with BLIP and its processor; default the Hugging Face cache")
+    make.add_argument(
+        "--blip-dir", type=_home, help="folder with BLIP and its processor; default the Hugging Face cache"
+    )
     make.add_argument("--framing", choices=FRAMINGS, default="subject")
     make.add_argument("--ssim-threshold", type=float, default=SSIM_THRESHOLD)
     make.add_argument("--split-unit", choices=UNITS, default="video")
@@ -189,28 +199,38 @@ def _parser() -> argparse.ArgumentParser:
     make.set_defaults(run=_prepare)
 
     split = commands.add_parser("split", help="merge shards, or divide samples into train, eval and test anew")
-    split.add_argument("root", type=Path)
+    split.add_argument("root", type=_path)
     split.add_argument("--fractions", type=number(0, 1), nargs=3, default=FRACTIONS, metavar=("TRAIN", "EVAL", "TEST"))
     split.add_argument("--seed", type=_SEED, help="default: that of prepare, or 42")
     split.add_argument("--unit", choices=UNITS, help="default: that of prepare, or video")
     split.set_defaults(run=_split)
 
     inspect = commands.add_parser("inspect", help="print statistics and draw a contact sheet")
-    inspect.add_argument("root", type=Path)
-    inspect.add_argument("--sheet", type=Path, help="default ROOT/contact_sheet.png")
+    inspect.add_argument("root", type=_path)
+    inspect.add_argument("--sheet", type=_path, help="default ROOT/contact_sheet.png")
     inspect.add_argument("--no-sheet", action="store_true", help="statistics only")
     inspect.add_argument("--samples", type=whole(1), default=12, help="samples on the sheet and compared with frames")
-    inspect.add_argument("--penn-action", type=Path, help="the videos, to compare with; default ROOT/videos if there")
+    inspect.add_argument("--penn-action", type=_path, help="the videos, to compare with; default ROOT/videos if there")
     inspect.add_argument("--tokenizer", choices=TOKENIZERS, help="default that of meta.json, or fsq")
-    inspect.add_argument("--cosmos-dir", help="folder with decoder.jit, for data made with cosmos")
+    inspect.add_argument("--cosmos-dir", type=_home, help="folder with decoder.jit, for data made with cosmos")
     inspect.set_defaults(run=_inspect)
 
     sample = commands.add_parser("sample", help="make the embedded sample set")
-    sample.add_argument("--out", type=Path, required=True)
+    sample.add_argument("--out", type=_path, required=True)
     sample.add_argument("--videos", type=whole(1), default=SAMPLE_VIDEOS)
     sample.add_argument("--workers", type=_WORKERS, default=2)
     sample.set_defaults(run=_sample)
     return parser
+
+
+def _path(text: str) -> Path:
+    """A path as typed, with ~; an empty one, from a variable that is not set, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got nothing (an empty variable?)")
+    return Path(os.path.expanduser(text))
+
+
+_home = os.path.expanduser  # a path, or the name of a repository
 
 
 def _numbers(text: str, separator: str, example: str) -> tuple[int, int]:

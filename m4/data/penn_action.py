@@ -8,19 +8,22 @@ Source: Zhang, Zhu, Derpanis, "From Actemes to Action" (ICCV 2013), dataset Penn
 
 from __future__ import annotations
 
+import glob
+import io
 import os
-import re
+import stat
 import struct
 import zlib
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import scipy.io
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from scipy.io.matlab import MatReadError
 
+from m4.data.frames import BAD_FILE as _BAD_FILE
+from m4.data.frames import frame_names, natural_key, order_frames, read_frame, reading
 from m4.errors import DataError, data_error
 
 JOINTS = (
@@ -44,9 +47,7 @@ VIEWS = ("front", "back", "left", "right")
 # Some label files state 271x481 for 270x480 footage; pixel positions are unaffected by such a margin.
 SIZE_TOLERANCE = 2
 
-_FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 _REQUIRED = ("x", "y", "visibility", "dimensions", "nframes", "action", "pose")
-_BAD_FILE = "Fetch this file again, or leave the video out."
 # Everything scipy.io.loadmat raises on a damaged file (found by cutting and flipping real label files).
 _LOADMAT_ERRORS = (
     OSError,
@@ -131,10 +132,11 @@ def read_label(path: str | os.PathLike) -> Label:
         raise data_error(path, expected="a whole number of frames in nframes", actual=count, remedy=_BAD_FILE)
     frames = int(count)
     dimensions = _numbers(path, fields, "dimensions", shape=(3,))
-    if not np.isfinite(dimensions).all() or dimensions.min() < 1 or dimensions[2] != frames:
+    whole = np.isfinite(dimensions).all() and (dimensions == np.floor(dimensions)).all()
+    if not whole or dimensions.min() < 1 or dimensions[2] != frames:
         raise data_error(
             path,
-            expected=f"dimensions [height width {frames}] with positive sizes",
+            expected=f"dimensions [height width {frames}] with positive sizes in whole pixels",
             actual=dimensions.tolist(),
             remedy=_BAD_FILE,
         )
@@ -153,7 +155,7 @@ def read_label(path: str | os.PathLike) -> Label:
         width=int(dimensions[1]),
         action=_text(path, fields, "action"),
         view=_text(path, fields, "pose"),
-        train=bool(np.asarray(fields.get("train", 1)).ravel()[:1] == 1),
+        train=_train(path, fields),
         bbox=None if bbox is None else bbox.astype(np.float64),
     )
 
@@ -195,11 +197,8 @@ def list_videos(root: str | os.PathLike) -> list[str]:
                 actual=f"no {part}/ in {root}",
                 remedy="Point --penn-action at the unpacked dataset, or make one: python -m m4.data synth --out DIR.",
             )
-    labels = {
-        entry.stem for entry in (root / "labels").iterdir() if entry.suffix == ".mat" and not entry.name.startswith(".")
-    }
-    folders = {entry.name for entry in (root / "frames").iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    names = sorted(labels | folders)
+    labels = {Path(name).stem for name in _entries(root / "labels") if Path(name).suffix.lower() == ".mat"}
+    names = sorted(labels | _folders(root / "frames"), key=natural_key)
     if not names:
         raise data_error(
             root,
@@ -210,66 +209,65 @@ def list_videos(root: str | os.PathLike) -> list[str]:
     return names
 
 
+def _entries(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if not name.startswith(".")]
+
+
+def _folders(base: Path) -> set[str]:
+    """Everything in ``base`` but files: what is no folder after all, such as a link to nothing, is reported later."""
+    return {name for name in _entries(base) if not os.path.isfile(base / name)}
+
+
+def label_path(root: Path, name: str) -> Path:
+    """The label file of sequence ``name``, ``labels/{name}.mat`` in whatever capitals the ending has."""
+    path = root / "labels" / f"{name}.mat"
+    if os.path.lexists(path):
+        return path
+    return next((entry for entry in path.parent.glob(f"{glob.escape(name)}.[mM][aA][tT]")), path)
+
+
 def open_video(root: str | os.PathLike, name: str) -> Video:
-    """Read the label of sequence ``name`` and find its frames. Raises DataError where the two disagree."""
+    """Read the label of sequence ``name`` and find its frames.
+
+    Raises DataError where a part is missing or cannot be read, and where the two disagree.
+    """
     root = Path(root)
-    label_path, folder = root / "labels" / f"{name}.mat", root / "frames" / name
-    if not label_path.is_file():
+    label_file, folder = label_path(root, name), root / "frames" / name
+    if not os.path.lexists(label_file):
         raise data_error(
-            label_path, expected="a label file", actual="none", remedy=f"Add it, or remove {folder} to leave it out."
+            label_file, expected="a label file", actual="none", remedy=f"Add it, or remove {folder} to leave it out."
         )
-    if not folder.is_dir():
-        raise data_error(
-            folder, expected="a folder of frames", actual="none", remedy=f"Add it, or remove {label_path}."
-        )
-    label = read_label(label_path)
-    images = [
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in _FRAME_SUFFIXES and not entry.name.startswith(".")
-    ]
-    if len(images) != len(label):
+    if not os.path.isdir(folder):
+        found = "something else" if os.path.lexists(folder) else "none"
+        raise data_error(folder, expected="a folder of frames", actual=found, remedy=f"Add it, or remove {label_file}.")
+    label = read_label(label_file)
+    names = frame_names(folder)
+    if len(names) != len(label):
         raise data_error(
             folder,
-            expected=f"{len(label)} frames (nframes of {label_path.name})",
-            actual=f"{len(images)}",
+            expected=f"{len(label)} frames (nframes of {label_file.name})",
+            actual=f"{len(names)}",
             remedy="Unpack the frames again; joints cannot be matched to frames by number.",
         )
-    return Video(name=name, label=label, frames=_in_order(folder, images))
-
-
-def _in_order(folder: Path, images: list[Path]) -> tuple[Path, ...]:
-    """Frames by their numbers. Raises DataError for a gap or a number that occurs twice."""
-    numbers = {entry: re.search(r"\d+$", entry.stem) for entry in images}
-    if not all(numbers.values()):
-        return tuple(sorted(images))
-    order = sorted((int(found.group()), entry.name) for entry, found in numbers.items() if found is not None)
-    for (number, name), (following, next_name) in pairwise(order):
-        if following != number + 1:
-            raise data_error(
-                folder,
-                expected="frames with consecutive numbers",
-                actual=f"{next_name} after {name}",
-                remedy="Unpack the frames again; joints are matched to frames by number.",
-            )
-    return tuple(folder / name for _, name in order)
-
-
-def read_frame(path: str | os.PathLike) -> Image.Image:
-    """Decode one frame completely, as RGB. Raises DataError for anything that is not a whole image."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise data_error(path, expected="a whole image file", actual=f"{error}", remedy=_BAD_FILE) from error
+    return Video(name=name, label=label, frames=tuple(folder / frame for frame in order_frames(folder, names)))
 
 
 def _load_mat(path: Path) -> dict:
-    if not path.is_file():
-        raise data_error(path, expected="a label file", actual="no such file", remedy="Check the path.")
-    size = path.stat().st_size
+    with reading(path, "a label file"):
+        # Read whole, so that errors of the disk and of the format are told apart; a folder or a pipe is refused here.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise data_error(path, expected="a label file", actual="no plain file", remedy=_BAD_FILE)
+        content = path.read_bytes()
+    size = len(content)
+    if content.startswith(b"MATLAB 7.3"):
+        raise data_error(
+            path,
+            expected="a readable MATLAB 5 file",
+            actual="one of version 7.3 (HDF5)",
+            remedy="Save it with MATLAB's option -v7, or leave the video out.",
+        )
     try:
-        return scipy.io.loadmat(path)
+        return scipy.io.loadmat(io.BytesIO(content))
     except _LOADMAT_ERRORS as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise data_error(
@@ -289,10 +287,21 @@ def _numbers(path: Path, fields: dict, key: str, shape: tuple[int, ...]) -> np.n
     return value.astype(np.float64)
 
 
+def _train(path: Path, fields: dict) -> bool:
+    """Which of Penn Action's halves: 1 for training, -1 for testing; training where the file does not say."""
+    if "train" not in fields:
+        return True
+    value = float(_numbers(path, fields, "train", shape=(1,))[0])
+    if value not in (1, 0, -1):
+        raise data_error(path, expected="1 or -1 in train", actual=value, remedy=_BAD_FILE)
+    return value == 1
+
+
 def _text(path: Path, fields: dict, key: str) -> str:
     value = np.asarray(fields[key]).ravel()
     if value.dtype.kind not in "US" or len(value) == 0:
-        raise data_error(path, expected=f"text in {key}", actual=f"dtype {value.dtype}", remedy=_BAD_FILE)
+        found = f"dtype {value.dtype}" if len(value) else "nothing"
+        raise data_error(path, expected=f"text in {key}", actual=found, remedy=_BAD_FILE)
     return str(value[0])
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from m4.data.checks import check_seed
 from m4.data.layout import SPLITS, UNFINISHED, read_meta, token_file
+from m4.data.locking import LOCK, locked
 from m4.errors import data_error
 from m4.files import write_atomically
 
@@ -35,15 +38,35 @@ def split_output_dataset(
     root, a sample in two places, or a pair whose video is unknown.
     """
     root = Path(root)
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    check_split(fractions, seed, unit)
+    if not root.is_dir():
+        raise data_error(root, expected="a data root", actual="no such folder", remedy="Check the path.")
+    with locked(root / LOCK, str(root)):
+        return divide(root, fractions, seed, unit)
+
+
+def check_split(fractions: Sequence[float], seed: int, unit: str) -> None:
+    """Raises DataError for arguments that `split_output_dataset` cannot follow."""
+    # math.isfinite first: every comparison with NaN is false.
+    if (
+        len(fractions) != len(SPLITS)
+        or not all(map(math.isfinite, fractions))
+        or min(fractions) < 0
+        or abs(sum(fractions) - 1) > 1e-6
+    ):
         raise data_error(
             "fractions",
             expected=f"{len(SPLITS)} non-negative numbers ({', '.join(SPLITS)}) with sum 1",
             actual=tuple(fractions),
             remedy="Correct them.",
         )
+    check_seed(seed)
     if unit not in UNITS:
         raise data_error("split unit", expected=" or ".join(UNITS), actual=repr(unit), remedy="Choose one of these.")
+
+
+def divide(root: Path, fractions: Sequence[float], seed: int, unit: str) -> dict[str, int]:
+    """`split_output_dataset` by a caller that has checked the arguments and holds the root's lock, or needs none."""
     folders = _sample_folders(root)
     modalities = sorted({modality for modality, _ in folders})
     pids = sorted({pid for _, pid in folders})
@@ -100,8 +123,6 @@ def _described(root: Path, fractions: Sequence[float], seed: int, unit: str, tot
 
 def _sample_folders(root: Path) -> dict[tuple[str, str], Path]:
     """Where every (modality, pid) lies now. Raises DataError for a pid that is in two places."""
-    if not root.is_dir():
-        raise data_error(root, expected="a data root", actual="no such folder", remedy="Check the path.")
     folders: dict[tuple[str, str], Path] = {}
     for base in (root, *(root / split for split in SPLITS)):
         for modality in _folders(base):

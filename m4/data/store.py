@@ -1,7 +1,7 @@
 """The packed token store that training reads: one uint16 row of Σ max_seq_lens per sample, memory-mapped.
 
-It is built once from ``{root}/{split}/{modality}/{pid}/{file}`` and built anew when any file's name, size or time of
-change differs. Nothing of the preparation code is imported here.
+It is built once from ``{root}/{split}/{modality}/{pid}/{file}``, by one process while others wait, and built anew when
+the name or status of any file differs (`m4.data.stamps`). Nothing of the preparation code is imported here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from m4.data.layout import find_pids, token_file
+from m4.data.locking import locked
 from m4.data.reading import read_rows
+from m4.data.stamps import FileStamp
 from m4.errors import DataError, data_error
 from m4.files import writable_folder, write_atomically
 
@@ -88,11 +90,16 @@ def open_store(
     folder = root / ".cache"
     if cache_dir is not None:
         folder = Path(cache_dir)
-        layout.update(str(root.resolve()).encode())
+        layout.update(os.fsencode(root.resolve()))
     index_path = folder / f"{split}-{layout.hexdigest()[:16]}.json"
     index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
     if index is None:
-        index = _build(root, index_path, files, pids, modalities, max_seq_lens, vocab_sizes, stamp)
+        _make_cache_folder(folder)
+        with locked(folder / f".{index_path.stem}.lock", str(folder)):
+            # Another process may have built it meanwhile.
+            index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
+            if index is None:
+                index = _build(root, split, index_path, files, pids, modalities, max_seq_lens, vocab_sizes, stamp)
     for note in index.get("notes", ()):  # what was assumed, whenever it is relied on
         _log.info("%s", note)
     for modality, size, (largest, row) in zip(modalities, vocab_sizes, index["largest"], strict=True):
@@ -107,49 +114,35 @@ def open_store(
     return TokenStore(tokens=tokens, fingerprint=index["fingerprint"], pids=tuple(pids))
 
 
-def _survey(root: Path, split: str, modalities: list[str], pids: list[str]) -> tuple[dict[str, list[str]], str]:
-    """Every token file in row order, and a digest of their names, sizes and times of change."""
-    digest = hashlib.sha256()
+def _survey(root: Path, split: str, modalities: list[str], pids: list[str]) -> tuple[dict[str, list[str]], FileStamp]:
+    """Every token file in row order, and the stamp of all."""
+    stamp = FileStamp()
     files: dict[str, list[str]] = {}
     for modality in modalities:
         base = root / split / modality
         files[modality] = []
         for pid in pids:
             entry = token_file(base / pid)
-            status = entry.stat()
             files[modality].append(entry.path)
-            digest.update(f"{modality}/{pid}/{entry.name}:{status.st_size}:{status.st_mtime_ns};".encode())
-    return files, digest.hexdigest()
+            stamp.add(f"{modality}/{pid}/{entry.name}", entry.stat())
+    return files, stamp
 
 
-def _read_index(path: Path, stamp: str, values: int) -> dict | None:
+def _read_index(path: Path, stamp: FileStamp, values: int) -> dict | None:
     """The index of a cache that is whole and up to date, else None."""
     try:
         index = json.loads(path.read_text())
-        current = index["stamp"] == stamp
+        current = index["stamp"] == stamp.hexdigest() and {"fingerprint", "largest"} <= index.keys()
         whole = (path.parent / index["data"]).stat().st_size == 2 * values
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, KeyError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         _log.warning("%s is damaged (%s); building it anew", path, error)
         return None
-    if not (current and whole):
-        _log.info("%s is out of date; building it anew", path)
-        return None
-    return index
+    return index if current and whole else None
 
 
-def _build(
-    root: Path,
-    index_path: Path,
-    files: dict[str, list[str]],
-    pids: list[str],
-    modalities: list[str],
-    max_seq_lens: list[int],
-    vocab_sizes: list[int],
-    stamp: str,
-) -> dict:
-    folder = index_path.parent
+def _make_cache_folder(folder: Path) -> None:
     try:
         writable_folder(folder)
     except DataError as error:
@@ -159,6 +152,23 @@ def _build(
             actual="one that cannot",
             remedy="Set data.cache_dir to a folder of your own.",
         ) from error
+
+
+def _build(
+    root: Path,
+    split: str,
+    index_path: Path,
+    files: dict[str, list[str]],
+    pids: list[str],
+    modalities: list[str],
+    max_seq_lens: list[int],
+    vocab_sizes: list[int],
+    stamp: FileStamp,
+) -> dict:
+    folder = index_path.parent
+    if index_path.exists():
+        _log.info("%s is out of date; building it anew", index_path)
+    stamp.settle()
     packed = np.empty((len(pids), sum(max_seq_lens)), dtype=np.uint16)
     largest = []
     assumptions: list[str] = []
@@ -179,11 +189,24 @@ def _build(
             )
         packed[:, start : start + length] = rows
         start += length
+    if _survey(root, split, modalities, pids)[1].hexdigest() != stamp.hexdigest():
+        raise data_error(
+            root / split,
+            expected="token files that stay as they are while they are packed",
+            actual="some that were written to meanwhile",
+            remedy="Run this again once whatever writes there has finished.",
+        )
     digest = hashlib.sha256(json.dumps([modalities, max_seq_lens, pids]).encode())
     digest.update(packed.astype("<u2").tobytes())
     fingerprint = digest.hexdigest()
     data = f"{index_path.stem}-{fingerprint[:16]}.u16"
-    index = {"stamp": stamp, "fingerprint": fingerprint, "data": data, "largest": largest, "notes": assumptions}
+    index = {
+        "stamp": stamp.hexdigest(),
+        "fingerprint": fingerprint,
+        "data": data,
+        "largest": largest,
+        "notes": assumptions,
+    }
     write_atomically(folder / data, packed.tobytes())
     write_atomically(index_path, json.dumps(index).encode())
     for old in folder.glob(f"{index_path.stem}-*.u16"):

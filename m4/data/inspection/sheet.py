@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from m4.data.checks import check_whole
 from m4.data.framing import frame_for
 from m4.data.inspection.dataset_statistics import Split, read_all, read_pairs
 from m4.data.layout import read_meta
@@ -37,8 +38,7 @@ def draw_sheet(
 
 def sheet_of(root: Path, splits: list[Split], samples: int, tokenizer: ImageTokenizer) -> Image.Image:
     """`draw_sheet` of splits that have been read."""
-    if samples < 1:
-        raise data_error("samples", expected="at least 1", actual=samples, remedy="Ask for more.")
+    chosen = _choose(splits, samples)
     for split in splits:
         lacking = [modality for modality in TOKEN_SHAPES if modality not in split.tokens]
         if lacking:
@@ -50,7 +50,7 @@ def sheet_of(root: Path, splits: list[Split], samples: int, tokenizer: ImageToke
             )
     pairs = read_pairs(root)
     rows = []
-    for split, row in _choose(splits, samples):
+    for split, row in chosen:
         pid = split.pids[row]
         video, *frames = pairs.get(pid, ("", 0, 0))
         titles = [
@@ -110,9 +110,11 @@ def compare_with_frames(
 
 
 def _choose(splits: list[Split], samples: int) -> list[tuple[Split, int]]:
-    """Evenly spaced (split, row)."""
+    """Evenly spaced (split, row); all of them if ``samples`` is more. Raises DataError for less than one."""
+    check_whole("samples", samples, 1)
     every = [(split, row) for split in splits for row in range(len(split.pids))]
-    return [every[index] for index in np.unique(np.linspace(0, len(every) - 1, samples).astype(int))]
+    places = np.linspace(0, len(every) - 1, min(samples, len(every)))
+    return [every[index] for index in np.unique(places.astype(int))]
 
 
 def _labelled(picture: Image.Image, text: str) -> Image.Image:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
+import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from m4.data.checks import MAX_NAME
 from m4.data.layout import FORMAT, SPLITS, UNFINISHED, content_digest, read_meta
-from m4.data.split import FRACTIONS, split_output_dataset
+from m4.data.split import FRACTIONS, divide
 from m4.errors import data_error
 from m4.files import write_atomically
 from m4.modalities import TABLE, TOKEN_SHAPES
@@ -27,9 +27,19 @@ _STAGE = ".stage"
 _MAX_PAIRS = 1_000_000  # sample names have six digits
 
 
+def work_path(done: Path, name: str, ending: str) -> Path:
+    """Where the work on video ``name`` lies; names that would make no file name with the ending are digested."""
+    written = os.fsencode(name)
+    try:
+        written.decode()
+    except UnicodeDecodeError:
+        return done / f"{hashlib.sha256(written).hexdigest()}{ending}"
+    return done / f"{name if len(written) <= MAX_NAME else hashlib.sha256(written).hexdigest()}{ending}"
+
+
 def video_path(done: Path, name: str) -> Path:
     """Where the tokens of video ``name`` lie."""
-    return done / f"{name}.npz"
+    return work_path(done, name, ".npz")
 
 
 def pack_video(arrays: dict[str, np.ndarray]) -> bytes:
@@ -59,14 +69,6 @@ def load_video(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-@contextmanager
-def locked(done: Path) -> Iterator[None]:
-    """Holds the output for one process; the lock falls with the process, however it ends."""
-    with open(done / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def assemble(
     out: Path, record: dict, tokenizer: dict, names: list[str], fractions: Sequence[float] = FRACTIONS
 ) -> tuple[dict, bool]:
@@ -74,7 +76,7 @@ def assemble(
 
     record: the options as PrepareOptions.record gives them; tokenizer: meta.json's entry of that name. A layout of the
     same videos that stands already is left alone, or divided anew where that is all that changed. Raises DataError if
-    there is no pair at all.
+    there is no pair at all. The caller holds the lock of ``out``.
     """
     done = out / VIDEOS
     digest = hashlib.sha256()
@@ -85,14 +87,14 @@ def assemble(
     if meta.get("videos_digest") == digest.hexdigest() and all((out / split).is_dir() for split in meta["splits"]):
         if meta["options"] == record and meta["fractions"] == list(fractions):
             return meta, False
-        split_output_dataset(out, fractions, record["seed"], record["split_unit"])
+        divide(out, fractions, record["seed"], record["split_unit"])
         return read_meta(out), True
     stage = out / _STAGE
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
     table, content = _write_samples(stage, done, record, names)
     (stage / "pairs.csv").write_bytes(table)
-    splits = split_output_dataset(stage, fractions, record["seed"], record["split_unit"])
+    splits = divide(stage, fractions, record["seed"], record["split_unit"])
     meta = {
         **_meta(record, tokenizer, names, splits, fractions),
         "content": content,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from m4.data.checks import check_seed
 from m4.data.framing import FRAMINGS
 from m4.data.preparation.captions import BLIP, CAPTIONS
 from m4.data.preparation.pairs import SSIM_THRESHOLD
@@ -48,6 +49,8 @@ class PrepareOptions:
             raise data_error(
                 "ssim_threshold", expected="a number in (-1, 1]", actual=self.ssim_threshold, remedy="Correct it."
             )
+
+        check_seed(self.seed)
 
     def record(self) -> dict:
         """What decides the content of the samples, for meta.json; of weights their name, not where they lie."""

@@ -7,10 +7,11 @@ into place. Nothing depends on the number of workers, on shards or on the time: 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from m4.data.checks import check_apart, check_name, check_workers, printable
 from m4.data.layout import SPLITS
-from m4.data.penn_action import Video, list_videos, open_video
-from m4.data.preparation.assemble import VIDEOS, assemble, load_video, locked, pack_video, video_path
+from m4.data.locking import LOCK, locked
+from m4.data.penn_action import list_videos, open_video
+from m4.data.preparation.assemble import VIDEOS, assemble, pack_video, video_path, work_path
+from m4.data.preparation.done import content_of, is_done, made_of, remember, status_of
 from m4.data.preparation.options import SPLIT_OPTIONS, PrepareOptions
 from m4.data.preparation.tokenize_video import shared_captioner, shared_tokenizer, tokenize_video
-from m4.data.split import FRACTIONS
+from m4.data.split import FRACTIONS, UNITS, check_split
 from m4.data.workers import for_each
 from m4.errors import DataError, data_error
 from m4.files import writable_folder, write_atomically
 
 _CLAIM, _LIST = "options.json", "videos.json"
+_STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,11 @@ def prepare(
     options = options or PrepareOptions()
     options.check()
     source, out = Path(source), Path(out)
-    if workers < 1:
-        raise data_error("workers", expected="at least 1", actual=workers, remedy="Correct it.")
+    check_workers(workers)
     index, count = shard
     if not 0 <= index < count:
         raise data_error("shard", expected="i/n with 0 <= i < n", actual=f"{index}/{count}", remedy="Correct it.")
+    check_apart(out, source)
     names = list_videos(source)
     # Missing weights or libraries are found before any work.
     tokenizer = shared_tokenizer(options)
@@ -78,11 +83,14 @@ def prepare(
     if options.captions == "blip":
         shared_captioner(options)
     done = writable_folder(writable_folder(out) / VIDEOS)
-    _claim(out, options, identity)
-    write_atomically(done / _LIST, json.dumps(names).encode())
-    pending = [name for name in names[index::count] if not _is_done(source, done, name)]
-    for_each("prepare", partial(_do_video, source, done, options), pending, workers, progress)
-    return _finish(out, source, names, FRACTIONS)
+    with locked(out / LOCK, str(out)):
+        _claim(out, options, identity)
+        write_atomically(done / _LIST, json.dumps(names).encode())
+    with locked(done / f".shard-{index}-of-{count}.lock", str(out)):
+        pending = [name for name in names[index::count] if not is_done(source, done, name)]
+        for_each("prepare", partial(_do_video, source, done, options), pending, workers, progress)
+    with locked(out / LOCK, str(out)):
+        return _finish(out, source, names, FRACTIONS)
 
 
 def merge(
@@ -99,43 +107,52 @@ def merge(
     done = out / VIDEOS
     if not (done / _CLAIM).is_file() or not (done / _LIST).is_file():
         return None
-    claim = _read(done / _CLAIM)
-    given = {"seed": seed, "split_unit": unit}
-    claim["options"] |= {key: value for key, value in given.items() if value is not None}
-    write_atomically(done / _CLAIM, json.dumps(claim, indent=1).encode())
-    names = _read(done / _LIST)
-    missing = [name for name in names if not (video_path(done, name).exists() or _bad_path(done, name).exists())]
-    if missing:
-        raise data_error(
-            out,
-            expected=f"all {len(names)} videos",
-            actual=f"{len(missing)} that no shard has done, the first being {missing[0]}",
-            remedy="Run the shards that are missing (prepare --shard i/n), or all of them again: what is done is kept.",
-        )
-    return _finish(out, out, names, fractions)
+    check_split(fractions, 0 if seed is None else seed, UNITS[0] if unit is None else unit)
+    with locked(out / LOCK, str(out)):
+        claim = _read(done / _CLAIM)
+        given = {"seed": seed, "split_unit": unit}
+        claim["options"] |= {key: value for key, value in given.items() if value is not None}
+        write_atomically(done / _CLAIM, json.dumps(claim, indent=1).encode())
+        names = _read(done / _LIST)
+        missing = [name for name in names if not (video_path(done, name).exists() or _bad_path(done, name).exists())]
+        if missing:
+            raise data_error(
+                out,
+                expected=f"all {len(names)} videos",
+                actual=f"{len(missing)} that no shard has done, the first being {printable(missing[0])}",
+                remedy="Run the shards that are missing (prepare --shard i/n), or all again: what is done is kept.",
+            )
+        return _finish(out, out, names, fractions)
 
 
 def _finish(out: Path, source: Path, names: list[str], fractions: Sequence[float]) -> Summary:
-    """Lay out the samples, if every video is done."""
+    """Lay out the samples, if every video is done. The caller holds the lock of ``out``."""
     done = out / VIDEOS
-    with locked(done):
-        bad = {name: _bad_path(done, name).read_text() for name in names if _bad_path(done, name).exists()}
-        usable = [name for name in names if video_path(done, name).exists()]
-        if len(bad) == len(names):
-            name, reason = next(iter(bad.items()))
-            raise data_error(
-                source,
-                expected="at least one usable video",
-                actual=f"{len(bad)} of {len(bad)} bad, the first being {name}: {reason}",
-                remedy="Mend the videos and run this again.",
-            )
-        if len(usable) + len(bad) < len(names):
-            return Summary(len(usable), 0, bad, {}, complete=False, fresh=True)
-        claim = _read(done / _CLAIM)
-        meta, fresh = assemble(out, claim["options"], claim["tokenizer"], usable, fractions)
-        for left in done.glob(".*.tmp"):  # of runs that were killed
-            left.unlink(missing_ok=True)
-    return Summary(len(usable), sum(meta["splits"].values()), bad, meta["splits"], complete=True, fresh=fresh)
+    bad = {name: _bad_path(done, name).read_text("utf-8") for name in names if _bad_path(done, name).exists()}
+    shown = {printable(name): reason for name, reason in bad.items()}
+    usable = [name for name in names if video_path(done, name).exists()]
+    if len(bad) == len(names):
+        name, reason = next(iter(shown.items()))
+        raise data_error(
+            source,
+            expected="at least one usable video",
+            actual=f"{len(bad)} of {len(bad)} bad, the first being {name}: {reason}",
+            remedy="Mend the videos and run this again.",
+        )
+    if len(usable) + len(bad) < len(names):
+        return Summary(len(usable), 0, shown, {}, complete=False, fresh=True)
+    claim = _read(done / _CLAIM)
+    meta, fresh = assemble(out, claim["options"], claim["tokenizer"], usable, fractions)
+    _sweep(done)
+    return Summary(len(usable), sum(meta["splits"].values()), shown, meta["splits"], complete=True, fresh=fresh)
+
+
+def _sweep(done: Path) -> None:
+    """Remove what runs that were killed have left, but not what another shard may be writing."""
+    for left in done.glob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
 
 
 def _claim(out: Path, options: PrepareOptions, tokenizer: dict) -> None:
@@ -181,43 +198,32 @@ def _deciding(claim: dict) -> dict:
     return kept if weights is None else {**kept, "weights": weights}
 
 
-def _is_done(source: Path, done: Path, name: str) -> bool:
-    """Whether the tokens of a video are there, of the video as it is now."""
-    try:
-        arrays = load_video(video_path(done, name))
-    except (FileNotFoundError, DataError):
-        return False
-    if "source" not in arrays:
-        return True
-    try:
-        return _stamp(source, open_video(source, name)) == str(arrays["source"])
-    except DataError:
-        # A source that is gone is no changed source: frames may be deleted once their tokens are made.
-        return not (source / "frames" / name).is_dir()
-
-
-def _stamp(source: Path, video: Video) -> str:
-    """Tells a changed video, without reading its frames: digest of its label, number and sizes of its frames."""
-    digest = hashlib.sha256((source / "labels" / f"{video.name}.mat").read_bytes())
-    for frame in video.frames:
-        digest.update(f"{frame.name}:{frame.stat().st_size};".encode())
-    return digest.hexdigest()
-
-
 def _do_video(source: Path, done: Path, options: PrepareOptions, name: str) -> None:
-    """Write a video's tokens, or the reason why it cannot be used."""
+    """Write a video's tokens, or the reason why it cannot be used.
+
+    Only DataError, which everything that reads a video's files raises for what such files can do (`m4.data.frames`),
+    makes a video bad. Other exceptions are bugs or the machine's state, and end the run.
+    """
     path, bad = video_path(done, name), _bad_path(done, name)
     try:
+        check_name(name)
         video = open_video(source, name)
-        stamp = _stamp(source, video)
-        arrays = tokenize_video(video, options)
+        status = status_of(source, video)
+        status.settle()
+        content = content_of(source, video)
+        if made_of(done, name) != content:
+            arrays = tokenize_video(video, options)
+            write_atomically(path, pack_video({**arrays, "content": np.array(content)}))
+        # Files that changed while they were read are looked at again by the next run.
+        unchanged = status_of(source, video).hexdigest() == status.hexdigest()
     except DataError as error:
         path.unlink(missing_ok=True)
-        write_atomically(bad, str(error).encode())
+        write_atomically(bad, str(error).encode(errors="backslashreplace"))
         return
     bad.unlink(missing_ok=True)
-    write_atomically(path, pack_video({**arrays, "source": np.array(stamp)}))
+    if unchanged:
+        remember(done, name, status, content)
 
 
 def _bad_path(done: Path, name: str) -> Path:
-    return done / f"{name}.bad"
+    return work_path(done, name, ".bad")

@@ -118,21 +118,26 @@ def animated_clip(options: SynthOptions, index: int) -> Clip:
 def reenacted_clip(options: SynthOptions, index: int, source: Path) -> Clip:
     """The label file ``source`` over a scene: same size, joints and visibility. ``options.frames`` may cut it short."""
     rng = np.random.default_rng([options.seed, 3, index])
+    label = reenacted_label(options, source)
+    scene = _scene(options.seed, int(rng.integers(options.scenes)), (label.height, label.width))
+    # What hides a joint in the original is unknown, so nothing is put before the figure.
+    scene = Scene(scene.canvas)
+    offsets = shake(len(label), "tripod" if options.steady else "handheld", rng)
+    prop = MOTIONS[label.action].prop if label.action in MOTIONS else None
+    return _dressed(options, label, track_from_label(label), scene, offsets, prop, rng)
+
+
+def reenacted_label(options: SynthOptions, source: Path) -> Label:
+    """The label file ``source``, cut to ``options.frames``."""
     label = read_label(source)
     frames = len(label) if options.frames is None else min(len(label), options.frames[1])
-    label = replace(
+    return replace(
         label,
         x=label.x[:frames],
         y=label.y[:frames],
         visible=label.visible[:frames],
         bbox=None if label.bbox is None else label.bbox[:frames],
     )
-    scene = _scene(options.seed, int(rng.integers(options.scenes)), (label.height, label.width))
-    # What hides a joint in the original is unknown, so nothing is put before the figure.
-    scene = Scene(scene.canvas)
-    offsets = shake(frames, "tripod" if options.steady else "handheld", rng)
-    prop = MOTIONS[label.action].prop if label.action in MOTIONS else None
-    return _dressed(options, label, track_from_label(label), scene, offsets, prop, rng)
 
 
 def _dressed(options, label: Label, track: Track, scene: Scene, offsets: np.ndarray, prop: str | None, rng) -> Clip:
