@@ -32,9 +32,11 @@ GB = 10**9
     ids=str,
 )
 def test_what_is_too_large_is_named_before_the_work(monkeypatch, setting, key):
-    monkeypatch.setattr("m4.training.preflight.total_memory", lambda _: 2 * GB if key == "global_batch_size" else 24 * GB)
+    size = 2 * GB if key == "global_batch_size" else 24 * GB
+    monkeypatch.setattr("m4.training.preflight.total_memory", lambda _: size)
     config = dataclasses.replace(TrainConfig(device="cpu"), **setting)
-    with pytest.raises(ConfigError, match=rf"^{key}: too large .* at least [\d,.]+ GB, cpu has 24?.0 GB .*lower {key}$"):
+    said = rf"^{key}: too large .* at least [\d,.]+ GB, cpu has 24?.0 GB .*lower {key}$"
+    with pytest.raises(ConfigError, match=said):
         check_memory(config, _schedule(config), masking_spec(config), CPU)
 
 
