@@ -1,4 +1,5 @@
-"""docs/add-an-op.md does what it says: its op, pasted into a copy of the package, passes the tests of the guide.
+"""The guides do what they say: the op of docs/add-an-op.md, pasted into a copy of the package, passes its tests; links
+lead somewhere; every room is named.
 
 The compiled backend is left out, since building it takes minutes.
 """
@@ -14,6 +15,7 @@ import pytest
 
 from tests.ops.targets import HAS_TRITON
 from tests.runs import REPOSITORY
+from tests.test_architecture import ROOMS
 
 DOCS = REPOSITORY / "docs"
 # A block under a file's name is the whole file; a block under "in `file`" is lines to add.
@@ -89,6 +91,13 @@ def test_lines_are_added_to_files_that_are_there(guide: str) -> None:
     new = {name for added, name, _ in blocks("add-an-op.md") if not added}
     assert [name for added, name, _ in blocks(guide) if added and not (REPOSITORY / name).is_file()] == []
     assert [name for name in new if (REPOSITORY / name).exists()] == []  # the example stays out of the repository
+
+
+def test_architecture_names_every_room() -> None:
+    table = (DOCS / "architecture.md").read_text().split("| room |")[1].split("\n\n")[0]
+    named = re.findall(r"`([\w/]+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[1:]))
+    rooms = [room.removeprefix("m4.") for row in ROOMS for room in row if room.startswith("m4.")]
+    assert sorted(name.rstrip("/").replace("/", ".") for name in named) == sorted(rooms)
 
 
 @pytest.mark.parametrize("path", [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")], ids=lambda path: path.name)
