@@ -114,7 +114,9 @@ def test_a_summary_that_cannot_be_written_is_said(config, log, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("bad", [b"{half", b"[1]", b"{}", b'{"step": "3"}', b"\x00\x00", b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "bad", [b"{half", b"[1]", b"{}", b"", b'{"kind": "train"}', b'{"step": "3"}', b"\x00\x00", b"\xff\xfe{}"]
+)
 def test_a_bad_line_is_named(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 2}\n')
