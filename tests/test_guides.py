@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,48 @@ def test_the_report_lists_the_op_of_the_guide(scratch: Path) -> None:
     said = run(scratch, "-m", "m4kernels")
     assert re.search(r"^token_shift\n  cuda +no: this op has no such backend yet$", said, re.MULTILINE), said
     assert re.search(r"^  reference +yes$", said.split("token_shift")[1], re.MULTILINE), said
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of csrc/ with the files and lines of both guides."""
+    root = tmp_path_factory.mktemp("sources")
+    shutil.copytree(REPOSITORY / "csrc", root / "csrc")
+    shutil.copy(REPOSITORY / ".clang-format", root)
+    for added, name, text in blocks("add-an-op.md") + blocks("add-a-backend.md"):
+        path = root / name
+        if added and name == "csrc/common/bind.h":
+            path.write_text(path.read_text().replace("\n}  // namespace m4k\n", f"{text}\n}}  // namespace m4k\n"))
+        elif name.startswith("csrc/") and not added:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    return root
+
+
+def test_kernels_of_the_guides_compile(sources: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    pybind11 = pytest.importorskip("pybind11")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C++ compiler with OpenMP")
+    files = sorted(str(path) for path in (sources / "csrc/token_shift").glob("*.cpp"))
+    assert len(files) == 4
+    flags = "-std=c++20 -fopenmp -fsyntax-only -Wall -Wextra -Werror -Wno-psabi -Icsrc"
+    defined = "-DM4K_X86=0 -DM4K_CUDA=1 -DM4K_SIMD_PORTABLE"
+    folders = [f"-I{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    done = subprocess.run(
+        [compiler, *flags.split(), *defined.split(), *folders, *files], cwd=sources, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_of_the_guides_are_formatted(sources: Path) -> None:
+    pytest.importorskip("clang_format")
+    files = [str(path) for path in (sources / "csrc/token_shift").iterdir()]
+    program = "from clang_format import clang_format; clang_format()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--dry-run", "--Werror", *files], cwd=sources, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_code_of_the_guides_is_formatted(tmp_path: Path) -> None:
