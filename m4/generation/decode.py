@@ -83,7 +83,7 @@ def generate(
         )
         logits = model.logits(batch).float().unflatten(0, (len(tokens), left))  # (B, left, V)
         limits = id_limits.expand(tokens.shape)[missing].view(len(tokens), left, 1)
-        logits = logits.masked_fill(torch.arange(logits.shape[-1], device=device) >= limits, -torch.inf)
+        logits.masked_fill_(torch.arange(logits.shape[-1], device=device) >= limits, -torch.inf)
         on_scale = ordinal.expand(tokens.shape)[missing].view(len(tokens), left)
         ids, confidence = _choose(logits, on_scale, temperature * (1 - step / steps), generators)
         remaining = min(left - 1, math.floor(total * math.cos(math.pi / 2 * (step + 1) / steps)))
@@ -127,8 +127,8 @@ def _choose(
     log_p = logits.log_softmax(-1)
     if temperature == 0:
         confidence, ids = log_p.max(-1)
-        medians = (log_p.exp().cumsum(-1) < 0.5).sum(-1)
-        return torch.where(ordinal, medians, ids), confidence
+        ids[ordinal] = (log_p[ordinal].exp().cumsum(-1) < 0.5).sum(-1)
+        return ids, confidence
 
     def gumbel(shape: torch.Size) -> Tensor:
         noise = torch.stack([torch.rand(shape[1:], generator=g) for g in generators])
