@@ -98,9 +98,7 @@ class TrainBatches:
         inputs, targets = drawn_counts(self._spec, seed=self._config.seed, sample_ids=ids)
         tokens = np.stack([inputs.sum(1), targets.sum(1)], axis=1)
         dealt, capacity = deal(tokens, self._schedule.accumulation, self.capacity)
-        self._next = _Dealt(
-            position, ids[dealt], rows[dealt], tokens[dealt].sum((1, 2)), targets.sum(0), capacity
-        )
+        self._next = _Dealt(position, ids[dealt], rows[dealt], tokens[dealt].sum((1, 2)), targets.sum(0), capacity)
 
     def example(self, position: int) -> MaskedBatch:
         """A micro-batch of the usual capacity, from the step at a position or the next that fits it."""

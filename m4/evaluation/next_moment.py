@@ -24,16 +24,14 @@ from m4.errors import ConfigError, DataError
 from m4.evaluation.displacement import DisplacementHistogram
 from m4.evaluation.frames import Decode, frame_figures, person_boxes
 from m4.evaluation.poses import Poses, median_pose, pose_figures
-from m4.generation.decode import generate
+from m4.generation.decode import predict_at_once, whole_batch
 from m4.modalities import NEXT, REFERENCE, VISIBILITIES, RowLayout, data_vocab_size
 from m4.model import M4
 from m4.run.console import show_progress
-from m4kernels import MaskedBatch
 
 log = logging.getLogger(__name__)
 
-_LOGITS_BYTES = 1 << 28  # of the samples that are predicted together
-_MOST_TOGETHER = 64
+_SAMPLES_AT_ONCE = 16
 _FRAMES, _POSES = zip(REFERENCE, NEXT, strict=True)  # pairs of names
 
 
@@ -81,8 +79,8 @@ class NextMoment:
         sizes = [data_vocab_size(name, self.meta) for name in _POSES]
         if sizes[0] != sizes[1]:
             raise ConfigError(
-                f"meta.json: expected the same number of bins in {' and '.join(_POSES)}, got {sizes[0]} and {sizes[1]}; "
-                "prepare the data again"
+                f"meta.json: expected the same number of bins in {' and '.join(_POSES)}, got {sizes[0]} and "
+                f"{sizes[1]}; prepare the data again"
             )
         known = dict(zip(self.config.modalities, self.config.vocab_sizes, strict=True))[_POSES[1]]
         if known < sizes[1] and not self.meta:
@@ -122,12 +120,6 @@ class NextMoment:
         """The modalities to predict; [] where nothing can be said."""
         return [pair[1] for pair in (self.frame, self.pose) if pair]
 
-    @property
-    def samples_together(self) -> int:
-        """How many samples are predicted at once, so that their logits stay small."""
-        tokens = sum(self.layout[name].length for name in self.wanted)
-        return max(1, min(_MOST_TOGETHER, _LOGITS_BYTES // (4 * tokens * max(self.layout.vocab_sizes))))
-
     def predict(
         self,
         model: M4,
@@ -135,30 +127,23 @@ class NextMoment:
         samples: int,
         device: torch.device,
         *,
-        together: int | None = None,
+        batch_size: int = _SAMPLES_AT_ONCE,
         after_batch: Callable[[], None] = lambda: None,
     ) -> Prediction:
         """Predict the next moment of the first ``samples`` rows.
 
         Args:
             model: ready to predict.
-            together: samples at once; default what memory suggests.
+            batch_size: samples that are predicted together; no figure depends on it.
             after_batch: called after each batch; lets a stop signal through.
         """
         limits, ordinal = self.layout.id_limits(self.meta).to(device), self.layout.ordinal().to(device)
         true, predicted, nats = [], [], []
-        for rows in self._batches(samples, together or self.samples_together):
+        for rows in self._batches(samples, batch_size):
             tokens = store.batch(rows).to(device)
             true.append(tokens.cpu().numpy())
-            filled = generate(
-                model,
-                tokens,
-                given=self.given,
-                wanted=self.wanted,
-                id_limits=limits,
-                ordinal=ordinal,
-                steps=1,
-                first_sample=int(rows[0]),
+            filled = predict_at_once(
+                model, tokens, given=self.given, wanted=self.wanted, id_limits=limits, ordinal=ordinal
             )
             predicted.append(filled.cpu().numpy())
             if self.pose:
@@ -168,15 +153,15 @@ class NextMoment:
         mean = sum(nats) / (samples * tokens_each) if self.pose else None
         return Prediction(np.concatenate(true), np.concatenate(predicted), mean)
 
-    def _batches(self, samples: int, together: int) -> Iterator[np.ndarray]:
+    def _batches(self, samples: int, batch_size: int) -> Iterator[np.ndarray]:
         rows = np.arange(samples)
-        batches = [rows[first : first + together] for first in range(0, samples, together)]
+        batches = [rows[first : first + batch_size] for first in range(0, samples, batch_size)]
         return show_progress(batches, "predicting the next moment", samples, size=len)
 
     @torch.no_grad()
     def _pose_nats(self, model: M4, tokens: Tensor, device: torch.device) -> float:
         """Sum over the samples of −log P of their next pose, of which nothing is visible."""
-        batch = moment_batch(tokens, self.layout, self.given, [_POSES[1]])
+        batch = whole_batch(tokens, self.layout, self.given, [_POSES[1]])
         ones = torch.ones(len(self.layout.modalities), dtype=torch.int64, device=device)
         with autocast(self.config.dtype, device):
             losses = model(batch, target_counts=ones)  # denominators of one: sums instead of means
@@ -194,10 +179,10 @@ class NextMoment:
                 "copy": pose_figures(reference, reference, true),
             }
         if self.frame:
-            predicted, reference, true = self._frames(prediction)
+            frame, copied, following = self._three(prediction, _FRAMES)
             found["frame"] = {
-                **frame_figures(predicted, true, None),
-                "copy": frame_figures(reference, true, None),
+                **frame_figures(frame, following, None),
+                "copy": frame_figures(copied, following, None),
             }
         return found
 
@@ -215,9 +200,9 @@ class NextMoment:
             found["pose"]["displacement"] = {"nats": float(displacement.nats(here, there).mean())}
             boxes = person_boxes(true)
         if self.frame and decode is not None:
-            predicted, copied, true = self._frames(prediction)
+            predicted, copied, following = self._three(prediction, _FRAMES)
             for into, frames in ((found["frame"], predicted), (found["frame"]["copy"], copied)):
-                into |= frame_figures(frames, true, decode, boxes, _shown)
+                into |= frame_figures(frames, following, decode, boxes, _shown)
         return found
 
     def tokenizer(self) -> Decode | None:
@@ -234,32 +219,14 @@ class NextMoment:
 
     def _poses(self, prediction: Prediction) -> tuple[Poses, Poses, Poses]:
         """(predicted, reference, true)."""
-        return tuple(Poses.of(tokens, self.bins) for tokens in self._three(prediction, _POSES))  # type: ignore[return-value]
-
-    def _frames(self, prediction: Prediction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self._three(prediction, _FRAMES)
+        predicted, reference, true = self._three(prediction, _POSES)
+        return Poses.of(predicted, self.bins), Poses.of(reference, self.bins), Poses.of(true, self.bins)
 
     def _three(self, prediction: Prediction, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The tokens of (the predicted, the reference's, the true next) modality."""
         reference, following = (self.layout.span(name) for name in names)
         true = prediction.true
         return prediction.predicted[:, following], true[:, reference], true[:, following]
-
-
-def moment_batch(tokens: Tensor, layout: RowLayout, given: list[str], wanted: list[str]) -> MaskedBatch:
-    """All of the modalities ``given`` of tokens (B, L) visible, all of those ``wanted`` a target."""
-    modality, position = layout.modality_ids().to(tokens.device), layout.positions().to(tokens.device)
-    padded = {}
-    for side, names in (("enc", given), ("dec", wanted)):
-        chosen = torch.isin(modality, torch.tensor([layout.modalities.index(n) for n in names], device=tokens.device))
-        ids = tokens[:, chosen]
-        padded |= {
-            f"{side}_tokens": ids,
-            f"{side}_positions": position[chosen].expand_as(ids),
-            f"{side}_modalities": modality[chosen].expand_as(ids),
-            f"{side}_pad_mask": torch.ones_like(ids, dtype=torch.bool),
-        }
-    return MaskedBatch.from_padded(padded, len(layout.modalities))
 
 
 def _shown(firsts: Any) -> Iterator[int]:

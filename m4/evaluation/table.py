@@ -57,7 +57,7 @@ def _frame(row: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return "-" if value is None else format(value, form)
 
 
 def _row(name: str, cells: Sequence[str]) -> str:

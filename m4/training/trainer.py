@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -30,7 +30,7 @@ from m4.data.store import TokenStore
 from m4.device import HeapTrimmer, enough_memory, pick_device
 from m4.distributed import World
 from m4.evaluation.losses import evaluate
-from m4.evaluation.next_moment import NextMoment, next_moment_of
+from m4.evaluation.next_moment import next_moment_of
 from m4.evaluation.table import next_lines
 from m4.files import write_atomically
 from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
