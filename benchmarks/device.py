@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from m4kernels.dispatch import BACKENDS, Dispatcher, unavailable
+from m4kernels.dispatch import Dispatcher, unavailable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -19,14 +19,7 @@ class Unavailable(Exception):
 def backends(op: str, device: torch.device = DEVICE) -> tuple[str, ...]:
     """The backends of an op that can run on a device, fastest first; the reference is the last."""
     dispatcher: Dispatcher = importlib.import_module(f"m4kernels.ops.{op}.api").dispatcher
-    # Triton's interpreter on a CPU is for tests.
-    return tuple(
-        name
-        for name in BACKENDS
-        if name in dispatcher.backends
-        and not (name == "triton" and device.type == "cpu")
-        and unavailable(name, device.type) is None
-    )
+    return tuple(name for name in dispatcher.candidates(device.type) if unavailable(name, device.type) is None)
 
 
 def moved(value: Any, device: torch.device = DEVICE, dtype: torch.dtype | None = None) -> Any:

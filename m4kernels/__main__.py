@@ -15,7 +15,7 @@ import torch
 
 import m4kernels.ops
 from m4kernels import __version__, _ext
-from m4kernels.dispatch import BACKENDS, unavailable
+from m4kernels.dispatch import BACKENDS, unavailable, usual_device
 
 
 def _versions() -> str:
@@ -50,11 +50,8 @@ def _gpus() -> str:
 def _backend(op: str, backend: str) -> str:
     if importlib.util.find_spec(f"m4kernels.ops.{op}.{backend}") is None:
         return "no: this op has no such backend yet"
-    device = "cpu" if backend in ("reference", "cpp") else "cuda"
-    if backend == "triton" and not torch.cuda.is_available():
-        device = "cpu"
     try:
-        reason = unavailable(backend, device)
+        reason = unavailable(backend, usual_device(backend))
     except ImportError:
         reason = "the extension is broken (see above)"
     return "yes" if reason is None else f"no: {reason}"

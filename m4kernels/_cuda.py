@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 @contextmanager
-def current_stream(device: torch.device) -> Iterator[tuple[int, int]]:
-    """(index of the device, address of its current stream), the device being the current one meanwhile."""
+def current_stream(device: torch.device) -> Iterator[dict[str, int]]:
+    """Arguments of every launch: index of the device, address of its current stream; the device is the current one
+    meanwhile."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream()
-        yield stream.device.index, stream.cuda_stream
+        yield {"device": stream.device.index, "stream": stream.cuda_stream}
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """`python -m m4kernels.aot`: compile the Triton kernels ahead of time, without a GPU, and gate what the compiler says.
 
-Every `m4kernels.ops.<op>.triton` may have a function `aot_cases() -> Sequence[AotCase]`: the launches it makes. Each is
-compiled for sm_80, sm_90 and sm_100; the table shows registers, stack and shared memory of each, and the exit status is
-1 where one spills, needs more shared memory than the architecture has, or passes its ceiling of registers.
+Every op with a Triton backend has a module `m4kernels.ops.<op>.aot` with a function `aot_cases() -> Sequence[AotCase]`:
+the launches it makes. Each is compiled for sm_80, sm_90 and sm_100; the table shows registers, stack and shared memory
+of each, and the exit status is 1 where one spills, needs more shared memory than the architecture has, or passes its
+ceiling of registers.
 """
 
 import argparse
@@ -93,22 +94,21 @@ HEADER = ("op", "case", "arch", "warps x stages", "registers", "of", "stack B", 
 
 
 def discover(names: Iterable[str] = ()) -> dict[str, Sequence[AotCase]]:
-    """The cases of every op, or of the named ones, that has a Triton backend with `aot_cases`.
+    """The cases of every op, or of the named ones, that has a module `aot`.
 
     Raises:
         ValueError: a named op has none.
     """
     named, found = list(names), {}
     for op in sorted(module.name for module in pkgutil.iter_modules(m4kernels.ops.__path__)):
-        path = f"m4kernels.ops.{op}.triton"
-        if (named and op not in named) or importlib.util.find_spec(path) is None:
-            continue
-        module = importlib.import_module(path)
-        if hasattr(module, "aot_cases"):
-            found[op] = module.aot_cases()
+        path = f"m4kernels.ops.{op}.aot"
+        if (not named or op in named) and importlib.util.find_spec(path) is not None:
+            found[op] = importlib.import_module(path).aot_cases()
     missing = [op for op in named if op not in found]
     if missing:
-        raise ValueError(f"no aot_cases in a triton.py of {', '.join(missing)}; found those of {', '.join(found)}")
+        raise ValueError(
+            f"no aot.py in the folder of {', '.join(missing)}; found those of {', '.join(found) or 'none'}"
+        )
     return found
 
 

@@ -1,7 +1,6 @@
 """Backends: which exist, which can run a call, and how one is chosen.
 
-A backend of an op is the module `m4kernels.ops.<op>.<backend>`, imported when first used. It has the op's functions and
-`can_run(*args) -> str | None`: None when it can run these arguments, else the reason why not.
+A backend of an op is the module `m4kernels.ops.<op>.<backend>`, imported when first used; backend.py says what it has.
 """
 
 import functools
@@ -9,43 +8,82 @@ import importlib
 import importlib.util
 import logging
 import os
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 
 from m4kernels import _ext
+from m4kernels.backend import Backend, Call, check_backend, runs_always
 
-BACKENDS = ("cuda", "triton", "cpp", "reference")
-# What the automatic choice considers on a device. Triton's interpreter, which runs on the CPU, shows what a kernel
-# computes a thousand times slower, so there it must be named.
-_CANDIDATES = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 ENVIRONMENT_VARIABLE = "M4KERNELS_BACKEND"
+AUTO = "auto"  # names the automatic choice, whatever the environment variable says
 _log = logging.getLogger("m4kernels")
+B = TypeVar("B", bound=Backend)
+
+
+class Kind(NamedTuple):
+    """Where backends of one kind run.
+
+    Args:
+        devices: the types of device, the usual one first; empty for all.
+        chosen_on: those on which the automatic choice considers it. Triton's interpreter, which runs on the CPU, shows
+            what a kernel computes a thousand times slower, so there it must be named.
+        lacking: what this machine lacks to run it on a type of device, or None.
+    """
+
+    devices: tuple[str, ...]
+    chosen_on: tuple[str, ...]
+    lacking: Callable[[str], str | None]
 
 
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run on tensors of `device_type` on this machine; None when it can."""
-    if backend == "reference":
-        return None
-    if backend == "cpp":
-        if device_type != "cpu":
-            return f"it runs on CPU tensors, got {device_type} tensors"
-        return None if _ext.load() is not None else _ext.absent()
-    if backend == "triton":
-        if not _has_triton():
-            return "triton is not installed: `pip install triton`"
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "it runs on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set; got cpu tensors"
-        return None
-    if device_type != "cuda":
-        return f"it runs on CUDA tensors, got {device_type} tensors"
+    kind = KINDS[backend]
+    if kind.devices and device_type not in kind.devices:
+        return f"it runs on {' and '.join(kind.devices).upper()} tensors, got {device_type} tensors"
+    return kind.lacking(device_type)
+
+
+def usual_device(backend: str) -> str:
+    """The type of device on which to ask for a backend: the first of its own that this machine has, else the first."""
+    devices = KINDS[backend].devices or ("cpu",)
+    return next((device for device in devices if device == "cpu" or torch.cuda.is_available()), devices[0])
+
+
+def _lacks_nothing(_device_type: str) -> None:
+    return None
+
+
+def _lacks_extension(_device_type: str) -> str | None:
+    return None if _ext.load() is not None else _ext.absent()
+
+
+def _lacks_triton(device_type: str) -> str | None:
+    if not _has_triton():
+        return "triton is not installed: `pip install triton`"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it runs on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set; got cpu tensors"
+    return None
+
+
+def _lacks_cuda(_device_type: str) -> str | None:
     extension = _ext.load()
     if extension is None:
         return _ext.absent()
     if not extension.has_cuda:
         return "the extension was built without CUDA: install nvcc, then `M4KERNELS_CUDA=1 pip install -e .`"
     return _gpu_unfit()
+
+
+# Fastest first.
+KINDS = {
+    "cuda": Kind(("cuda",), ("cuda",), _lacks_cuda),
+    "triton": Kind(("cuda", "cpu"), ("cuda",), _lacks_triton),
+    "cpp": Kind(("cpu",), ("cpu",), _lacks_extension),
+    "reference": Kind((), ("cuda", "cpu"), _lacks_nothing),
+}
+BACKENDS = tuple(KINDS)
 
 
 @functools.cache
@@ -91,75 +129,82 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def runs_always(*_args: object) -> None:
-    """`can_run` of a backend that runs whatever the op accepts. Where the device has it, it is not asked again."""
-
-
-class Dispatcher:
+class Dispatcher(Generic[B]):
     """Chooses the backend module of one op.
 
     Args:
         op: the op's folder in `m4kernels/ops`.
         backends: those that the op has, fastest first; the last is "reference".
+        protocol: B, the class that says what each of them must have.
     """
 
-    def __init__(self, op: str, backends: tuple[str, ...]) -> None:
+    def __init__(self, op: str, backends: tuple[str, ...], protocol: Any) -> None:
         self.op = op
         self.backends = backends
-        self._modules: dict[str, ModuleType] = {}
-        self._settled: dict[tuple[str, torch.device], ModuleType] = {}
+        self.protocol = protocol
+        self._modules: dict[str, B] = {}
+        self._settled: dict[tuple[str, torch.device], B] = {}
         self._said: set[str] = set()
 
-    def module(self, backend: str) -> ModuleType:
-        """The backend's module, imported on first use."""
-        if backend not in self._modules:
-            self._modules[backend] = importlib.import_module(f"m4kernels.ops.{self.op}.{backend}")
-        return self._modules[backend]
-
-    def reason(self, backend: str, *args: Any) -> str | None:
-        """Why `backend` cannot run the op on these arguments (the first is a tensor); None when it can."""
-        if backend not in self.backends:
-            return f"{self.op} has no such backend"
-        return unavailable(backend, args[0].device.type) or self.module(backend).can_run(*args)
-
-    def select(self, backend: str, *args: Any) -> ModuleType:
-        """The module of `backend`, or with "" of the one `M4KERNELS_BACKEND` names, else of the fastest that can run.
+    def module(self, backend: str) -> B:
+        """The backend's module, imported and checked on first use.
 
         Raises:
-            ValueError: the name is unknown, or the named backend cannot run these arguments.
+            TypeError: it lacks what the op's protocol names.
+        """
+        if backend not in self._modules:
+            module = importlib.import_module(f"m4kernels.ops.{self.op}.{backend}")
+            check_backend(module, self.protocol)
+            self._modules[backend] = cast(B, module)
+        return self._modules[backend]
+
+    def reason(self, backend: str, call: Call) -> str | None:
+        """Why `backend` cannot run this call of the op; None when it can."""
+        if backend not in self.backends:
+            return f"{self.op} has no such backend"
+        return unavailable(backend, call.device.type) or self.module(backend).can_run(call)
+
+    def select(self, backend: str, call: Call) -> B:
+        """The module of `backend`; with "" of the one that `M4KERNELS_BACKEND` names; of the fastest that can run where
+        neither names one, or "auto".
+
+        Raises:
+            ValueError: the name is unknown, or the named backend cannot run this call.
         """
         named = backend or os.environ.get(ENVIRONMENT_VARIABLE, "")
-        settled = self._settled.get((named, args[0].device))
+        device = call.device
+        settled = self._settled.get((named, device))
         if settled is not None:
             return settled
-        name = self._choose(named, backend, args)
+        name = self._choose(named, backend, call)
         module = self.module(name)
         # A slower backend that stood in for one which refused these arguments is no answer for others.
-        if module.can_run is runs_always and (named or name == self._candidates(args[0].device.type)[0]):
-            self._settled[named, args[0].device] = module
+        if module.can_run is runs_always and (_is_name(named) or name == self.candidates(device.type)[0]):
+            self._settled[named, device] = module
         return module
 
-    def _candidates(self, device_type: str) -> tuple[str, ...]:
+    def candidates(self, device_type: str) -> tuple[str, ...]:
         """What the automatic choice considers, fastest first."""
-        return tuple(name for name in _CANDIDATES.get(device_type, ("reference",)) if name in self.backends)
+        considered = [name for name in self.backends if device_type in KINDS[name].chosen_on]
+        return tuple(considered) or ("reference",)
 
-    def _choose(self, named: str, backend: str, args: tuple[Any, ...]) -> str:
-        if named:
+    def _choose(self, named: str, backend: str, call: Call) -> str:
+        if _is_name(named):
             if named not in BACKENDS:
                 origin = "backend" if backend else ENVIRONMENT_VARIABLE
                 raise ValueError(
-                    f"{self.op}: {origin}={named!r} is unknown; expected one of {', '.join(self.backends)}"
+                    f"{self.op}: {origin}={named!r} is unknown; expected one of {', '.join(self.backends)}, or auto"
                 )
-            why_not = self.reason(named, *args)
+            why_not = self.reason(named, call)
             if why_not is not None:
-                usable = [name for name in self.backends if self.reason(name, *args) is None]
+                usable = [name for name in self.backends if self.reason(name, call) is None]
                 raise ValueError(
                     f"{self.op}: backend {named!r} cannot run: {why_not}. Usable here: {', '.join(usable)}"
                 )
             return named
-        device_type = args[0].device.type
-        for name in self._candidates(device_type):
-            why_not = unavailable(name, device_type) or self.module(name).can_run(*args)
+        device_type = call.device.type
+        for name in self.candidates(device_type):
+            why_not = unavailable(name, device_type) or self.module(name).can_run(call)
             if why_not is None:
                 return name
             self._say_once(name, why_not)
@@ -169,3 +214,7 @@ class Dispatcher:
         if f"{backend}: {why_not}" not in self._said:
             self._said.add(f"{backend}: {why_not}")
             _log.warning("%s: skipping the faster backend %r: %s", self.op, backend, why_not)
+
+
+def _is_name(backend: Any) -> bool:
+    return backend not in ("", AUTO)

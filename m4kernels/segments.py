@@ -4,13 +4,13 @@
 modality in every sample. Within a sample tokens are ordered by modality, then by position.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from m4kernels import _ext
+from m4kernels import _checks, _ext, _library
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,42 @@ class Segments:
         """Segments of samples with these token counts.
 
         Args:
-            counts: integer (B, M), not negative.
+            counts: integer (B, M), not negative, fewer than 2**31 tokens in all.
             max_seqlen: an upper bound of the longest sample; default the longest, which waits for the device.
+
+        Raises:
+            ValueError: a shape, dtype or value does not fit. With `max_seqlen` a device assertion reports values on a
+                GPU, and nobody those of tensors without any (meta, under a tracer).
         """
+        _checks.tensor("Segments: counts", counts)
         if counts.dim() != 2:
             raise ValueError(f"Segments: counts must have shape (B, M), got {tuple(counts.shape)}")
-        counts = counts.to(torch.int32)
-        lengths = counts.sum(1, dtype=torch.int32)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        if max_seqlen is None:
-            max_seqlen = int(lengths.max()) if lengths.numel() else 0
-        return cls(cu_seqlens, counts, max_seqlen)
+        if not _checks.is_integer_dtype(counts.dtype):
+            raise ValueError(f"Segments: counts must be integer, got {counts.dtype}")
+        if max_seqlen is not None:
+            max_seqlen = _checks.integer("Segments: max_seqlen", max_seqlen)
+        elif counts.is_meta:
+            raise ValueError("Segments: max_seqlen is needed for counts on the meta device, which have no values")
+        counts = counts.to(torch.int64)
+        lengths = counts.sum(1)
+        if max_seqlen is None or _has_values(counts):
+            max_seqlen = _check_counts(counts, lengths, max_seqlen)
+        elif counts.is_cuda:
+            right = (counts >= 0).all() & (lengths.sum() < 2**31) & (lengths <= max_seqlen).all()
+            torch._assert_async(right, "Segments: counts are negative, 2**31 or more, or exceed max_seqlen")
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        return cls(cu_seqlens.to(torch.int32), counts.to(torch.int32), max_seqlen)
+
+    def tensors(self) -> list[Tensor]:
+        """cu_seqlens, counts"""
+        return [self.cu_seqlens, self.counts]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Segments":
+        """The same with every tensor replaced by what the function makes of it."""
+        return replace(self, cu_seqlens=function(self.cu_seqlens), counts=function(self.counts))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
-        return replace(
-            self,
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            counts=self.counts.to(device, non_blocking=non_blocking),
-        )
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def sample_of_token(self, total: int) -> Tensor:
         """int64 (total,): the sample of each token; B for tokens that belong to none."""
@@ -68,6 +86,8 @@ class Segments:
     def check_structure(self, name: str) -> None:
         """Raise ValueError where shapes or dtypes do not fit; reads no values, so it never waits for a device."""
         cu, counts = self.cu_seqlens, self.counts
+        if type(self.max_seqlen) is not int:
+            _checks.integer(f"{name}.max_seqlen", self.max_seqlen)
         if counts.dim() != 2 or counts.dtype != torch.int32:
             raise ValueError(f"{name}.counts must be int32 (B, M), got {counts.dtype} {tuple(counts.shape)}")
         if cu.dtype != torch.int32 or cu.shape != (counts.shape[0] + 1,):
@@ -76,8 +96,8 @@ class Segments:
             )
         if cu.device != counts.device:
             raise ValueError(f"{name}.cu_seqlens is on {cu.device}, {name}.counts on {counts.device}")
-        if self.max_seqlen < 0:
-            raise ValueError(f"{name}.max_seqlen must not be negative, got {self.max_seqlen}")
+        if not 0 <= self.max_seqlen < 2**31:
+            raise ValueError(f"{name}.max_seqlen must not be negative, and below 2**31, got {self.max_seqlen}")
 
     def check_values(self, name: str, total: int) -> None:
         """Raise ValueError unless the segments are consistent and lie within `total` tokens. Reads the values: use it
@@ -114,8 +134,37 @@ class Segments:
             return False
         samples, modalities = counts.shape
         return extension.segments_consistent(
-            cu.data_ptr(), counts.data_ptr(), samples, modalities, total, self.max_seqlen
+            cu_seqlens=cu.data_ptr(),
+            counts=counts.data_ptr(),
+            batch=samples,
+            modalities=modalities,
+            total=total,
+            max_seqlen=self.max_seqlen,
         )
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether values can be read without waiting: those of a plain tensor on the CPU, outside any tracer."""
+    if torch.compiler.is_compiling() or _library.in_transform():
+        return False
+    return type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu
+
+
+def _check_counts(counts: Tensor, lengths: Tensor, max_seqlen: int | None) -> int:
+    """`max_seqlen`, by default the longest; ValueError unless counts int64 (B, M), which add up to lengths, are fit."""
+    if not counts.numel():
+        return max_seqlen or 0
+    lowest, longest = int(counts.min()), int(lengths.max())
+    if lowest < 0:
+        b, m = (counts < 0).nonzero()[0].tolist()
+        raise ValueError(f"Segments: counts must not be negative, got counts[{b}, {m}] = {int(counts[b, m])}")
+    # Sums of int64 might wrap around; float64 ones are near enough.
+    total = float(counts.double().sum())
+    if total >= 2**31:
+        raise ValueError(f"Segments: counts must be fewer than 2**31 tokens in all, got {total:.0f}: use fewer samples")
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(f"Segments: max_seqlen is {max_seqlen}, but a sample has {longest} tokens")
+    return longest if max_seqlen is None else max_seqlen
 
 
 @dataclass(frozen=True)
@@ -135,13 +184,18 @@ class PackedTokens:
     modalities: Tensor
     segments: Segments
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTokens":
+    def tensors(self) -> list[Tensor]:
+        """ids, positions, modalities, cu_seqlens, counts"""
+        return [self.ids, self.positions, self.modalities, *self.segments.tensors()]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedTokens":
+        """The same with every tensor replaced by what the function makes of it."""
         return PackedTokens(
-            self.ids.to(device, non_blocking=non_blocking),
-            self.positions.to(device, non_blocking=non_blocking),
-            self.modalities.to(device, non_blocking=non_blocking),
-            self.segments.to(device, non_blocking=non_blocking),
+            function(self.ids), function(self.positions), function(self.modalities), self.segments.map(function)
         )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTokens":
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
 
 IGNORE_INDEX = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
@@ -154,8 +208,26 @@ class MaskedBatch:
     encoder: PackedTokens
     decoder: PackedTokens
 
+    def tensors(self) -> list[Tensor]:
+        """Of the encoder, then the decoder: ids, positions, modalities, cu_seqlens, counts."""
+        return [*self.encoder.tensors(), *self.decoder.tensors()]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "MaskedBatch":
+        """The same with every tensor replaced by what the function makes of it."""
+        return MaskedBatch(self.encoder.map(function), self.decoder.map(function))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "MaskedBatch":
-        return MaskedBatch(self.encoder.to(device, non_blocking), self.decoder.to(device, non_blocking))
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def clone(self) -> "MaskedBatch":
+        return self.map(Tensor.clone)
+
+    def has_shapes_of(self, other: "MaskedBatch") -> bool:
+        """Whether every tensor has the shape of its counterpart, and every bound is the same."""
+        sides = ((self.encoder, other.encoder), (self.decoder, other.decoder))
+        return all(a.segments.max_seqlen == b.segments.max_seqlen for a, b in sides) and all(
+            a.shape == b.shape for a, b in zip(self.tensors(), other.tensors(), strict=True)
+        )
 
     def padded(self) -> dict[str, Tensor]:
         """nano4M's padded batch: for enc and dec the (B, max_seqlen) int64 tensors `*_tokens` (0, or -100 for targets,

@@ -125,8 +125,8 @@ def test_the_stages_are_there_and_fit_the_time(tmp_path: Path, monkeypatch: pyte
 )
 def test_step_of_the_benchmark(kernels: str, recorder: PlainRecorder | None) -> None:
     inputs = gpu_step.recipe(2, 2, ModelSection(dim=16, enc_depth=1, dec_depth=1, head_dim=8))
-    small = dataclasses.replace(inputs.config, max_seq_lens=[16, 6, 16, 6])
-    small = dataclasses.replace(small, input_tokens_range=[6, 12], target_tokens_range=[4, 12], vocab_sizes=[64] * 4)
+    lengths = {"max_seq_lens": [16, 6, 16, 6], "input_tokens_range": [6, 12], "target_tokens_range": [4, 12]}
+    small = dataclasses.replace(inputs.config, **lengths, vocab_sizes=[64] * 4)
     store = dataclasses.replace(inputs.store, tokens=inputs.store.tokens[:32, :44] % 64)
     inputs = inputs._replace(config=small, store=store)
     run = gpu_step.stepper(inputs, kernels, recorder=recorder, device=CPU)

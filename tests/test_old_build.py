@@ -14,6 +14,7 @@ import torch
 import m4kernels
 from m4kernels import __main__ as report
 from m4kernels import _ext, _sources
+from m4kernels.ops.quantize_coords.arguments import QuantizeArguments, QuantizeBackend
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ADVICE = r"run `pip install -e \.` again"
@@ -54,9 +55,11 @@ def test_builds_of_before_the_digest_are_refused(checkout: Path, monkeypatch: py
 
 def test_an_op_says_so_and_does_not_fall_back(checkout: Path) -> None:
     edit(checkout / "csrc/bindings.cpp")
-    dispatcher = m4kernels.dispatch.Dispatcher("quantize_coords", ("cpp", "reference"))
+    dispatcher = m4kernels.dispatch.Dispatcher("quantize_coords", ("cpp", "reference"), QuantizeBackend)
+    visible = torch.ones(2, 13, dtype=torch.bool)
+    call = QuantizeArguments(torch.zeros(2, 13, 2), visible, None, None, 256.0, 8192)
     with pytest.raises(ImportError, match=ADVICE):
-        dispatcher.select("", torch.zeros(2, 13, 2), torch.ones(2, 13, dtype=torch.bool), None, None, 256.0, 8192)
+        dispatcher.select("", call)
 
 
 def test_an_installed_wheel_has_nothing_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,14 @@ def test_compiled_check_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
         except ValueError:
             sound = False
         if longest >= 0:  # else its structure is refused
-            found = extension.segments_consistent(cu.data_ptr(), counts.data_ptr(), 3, 2, total, longest)
+            found = extension.segments_consistent(
+                cu_seqlens=cu.data_ptr(),
+                counts=counts.data_ptr(),
+                batch=3,
+                modalities=2,
+                total=total,
+                max_seqlen=longest,
+            )
             assert found == sound
             verdicts.add(found)
     assert verdicts == {True, False}

@@ -21,12 +21,19 @@ void bind_block(py::module_& m) {
 #endif
 }
 
+namespace {
+
+bool consistent(uintptr_t cu_seqlens, uintptr_t counts, int64_t batch, int64_t modalities, int64_t total,
+                int64_t max_seqlen) {
+    const SegmentsView segments{as_ptr<const int32_t>(cu_seqlens), as_ptr<const int32_t>(counts)};
+    return segments_consistent(segments, batch, modalities, total, max_seqlen);
+}
+
+}  // namespace
+
 void bind_segments(py::module_& m) {
-    m.def("segments_consistent", [](uintptr_t cu_seqlens, uintptr_t counts, int64_t batch, int64_t modalities,
-                                    int64_t total, int64_t max_seqlen) {
-        const SegmentsView segments{as_ptr<const int32_t>(cu_seqlens), as_ptr<const int32_t>(counts)};
-        return segments_consistent(segments, batch, modalities, total, max_seqlen);
-    });
+    def_by_name<&consistent, "cu_seqlens", "counts", "batch", "modalities", "total", "max_seqlen">(
+        m, "segments_consistent");
 }
 
 }  // namespace m4k

@@ -3,8 +3,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include "common/named.h"
+
 namespace m4k {
 namespace py = pybind11;
+
+using namespace py::literals;  // "name"_a
 
 using release_gil_t = py::call_guard<py::gil_scoped_release>;
 inline constexpr release_gil_t release_gil{};

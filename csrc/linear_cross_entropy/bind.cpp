@@ -37,24 +37,33 @@ void weighted_loss(uintptr_t order, uintptr_t scale, uintptr_t nll, int64_t coun
     *as_ptr<T>(out) = static_cast<T>(loss);
 }
 
+using ChunkTuple = std::tuple<int64_t, int64_t, int64_t>;  // first, rows, width
+
+std::vector<ChunkTuple> plan(uintptr_t limit, int64_t count, int64_t bytes, int64_t per_logit, int64_t per_row,
+                             int64_t max_rows) {
+    std::vector<ChunkTuple> chunks;
+    for (const Chunk& c :
+         plan_chunks(as_ptr<const int64_t>(limit), count, ChunkBudget{bytes, per_logit, per_row, max_rows})) {
+        chunks.emplace_back(c.first, c.rows, c.width);
+    }
+    return chunks;
+}
+
+template <typename T>
+void define(py::module_& m, const char* order_name, const char* pass_name, const char* loss_name) {
+    def_by_name<&order<T>, "targets", "vocab_limit", "limit_bytes", "token_weight", "tokens", "classes", "ignore_index",
+                "order", "limit", "scale">(m, order_name);
+    def_by_name<&pass<T>, "logits", "order", "limit", "scale", "targets", "nll", "correct", "first", "rows", "width",
+                "gradient", "threads">(m, pass_name);
+    def_by_name<&weighted_loss<T>, "order", "scale", "nll", "count", "out">(m, loss_name);
+}
+
 }  // namespace
 
 void bind_linear_cross_entropy(py::module_& m) {
-    m.def("lce_order_f32", &order<float>, release_gil);
-    m.def("lce_order_f64", &order<double>, release_gil);
-    m.def("lce_plan",
-          [](uintptr_t limit, int64_t count, int64_t bytes, int64_t per_logit, int64_t per_row, int64_t max_rows) {
-              std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks;
-              for (const Chunk& c :
-                   plan_chunks(as_ptr<const int64_t>(limit), count, ChunkBudget{bytes, per_logit, per_row, max_rows})) {
-                  chunks.emplace_back(c.first, c.rows, c.width);
-              }
-              return chunks;
-          });
-    m.def("lce_pass_f32", &pass<float>, release_gil);
-    m.def("lce_pass_f64", &pass<double>, release_gil);
-    m.def("lce_loss_f32", &weighted_loss<float>);
-    m.def("lce_loss_f64", &weighted_loss<double>);
+    define<float>(m, "lce_order_f32", "lce_pass_f32", "lce_loss_f32");
+    define<double>(m, "lce_order_f64", "lce_pass_f64", "lce_loss_f64");
+    def_by_name<&plan, "limit", "count", "bytes", "per_logit", "per_row", "max_rows">(m, "lce_plan");
 }
 
 }  // namespace m4k

@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "common/philox.h"
 #include "common/pointer.h"
 #include "mask_tokens/mask_tokens.h"
@@ -59,18 +61,16 @@ Packed make_packed(uintptr_t counts, uintptr_t cu_seqlens, uintptr_t ids, uintpt
             fill};
 }
 
-py::tuple count(const Plan& plan, int64_t seed, uint32_t epoch, uintptr_t sample_ids, int64_t batch, uintptr_t lengths,
-                int threads, uintptr_t input_counts, uintptr_t input_cu_seqlens, uintptr_t target_counts,
-                uintptr_t target_cu_seqlens) {
+// (input tokens, target tokens, index of the first length out of range or -1)
+std::tuple<int64_t, int64_t, int64_t> count(const Plan& plan, int64_t seed, uint32_t epoch, uintptr_t sample_ids,
+                                            int64_t batch, uintptr_t lengths, int threads, uintptr_t input_counts,
+                                            uintptr_t input_cu_seqlens, uintptr_t target_counts,
+                                            uintptr_t target_cu_seqlens) {
     Args args = make_args(plan, seed, epoch, sample_ids, batch, lengths, threads);
     args.inputs = make_packed(input_counts, input_cu_seqlens, 0, 0, 0, 0, 0);
     args.targets = make_packed(target_counts, target_cu_seqlens, 0, 0, 0, 0, 0);
-    masking::Totals totals{};
-    {
-        py::gil_scoped_release release;
-        totals = masking::count_tokens(args);
-    }
-    return py::make_tuple(totals.inputs, totals.targets, totals.bad_length);
+    const masking::Totals totals = masking::count_tokens(args);
+    return {totals.inputs, totals.targets, totals.bad_length};
 }
 
 void fill(const Plan& plan, int64_t seed, uint32_t epoch, uintptr_t sample_ids, int64_t batch, uintptr_t lengths,
@@ -90,18 +90,23 @@ void fill(const Plan& plan, int64_t seed, uint32_t epoch, uintptr_t sample_ids, 
     masking::fill_tokens(args);
 }
 
+void select(uintptr_t keys, int32_t n, int32_t inputs, int32_t targets, uintptr_t roles) {
+    masking::select_roles(as_ptr<const uint32_t>(keys), n, inputs, targets, as_ptr<uint8_t>(roles));
+}
+
 }  // namespace
 
 void bind_mask_tokens(py::module_& m) {
-    py::class_<Plan>(m, "MaskPlan").def(py::init(&make_plan));
-    m.def("mask_tokens_count", &count);
-    m.def("mask_tokens_fill", &fill, release_gil);
-    m.def(
-        "mask_tokens_select",
-        [](uintptr_t keys, int32_t n, int32_t inputs, int32_t targets, uintptr_t roles) {
-            masking::select_roles(as_ptr<const uint32_t>(keys), n, inputs, targets, as_ptr<uint8_t>(roles));
-        },
-        release_gil);
+    py::class_<Plan>(m, "MaskPlan")
+        .def(py::init(&make_plan), py::kw_only(), "lens"_a, "input_rows"_a, "input_low"_a, "input_high"_a,
+             "target_rows"_a, "target_low"_a, "target_high"_a, "gamma"_a, "exp2"_a);
+    def_by_name<&count, "plan", "seed", "epoch", "sample_ids", "batch", "lengths", "threads", "input_counts",
+                "input_cu_seqlens", "target_counts", "target_cu_seqlens">(m, "mask_tokens_count");
+    def_by_name<&fill, "plan", "seed", "epoch", "sample_ids", "batch", "lengths", "threads", "tokens", "token_type",
+                "tokens_stride", "input_counts", "input_cu_seqlens", "input_ids", "input_positions", "input_modalities",
+                "input_size", "input_fill", "target_counts", "target_cu_seqlens", "target_ids", "target_positions",
+                "target_modalities", "target_size", "target_fill">(m, "mask_tokens_fill");
+    def_by_name<&select, "keys", "n", "inputs", "targets", "roles">(m, "mask_tokens_select");
     m.def("philox4x32_10", [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
         PhiloxBlock block{{counter[0], counter[1], counter[2], counter[3]}};
         philox4x32_10(block, key[0], key[1]);

@@ -35,7 +35,8 @@ BlockPlan make_block_plan(const std::vector<int32_t>& lens, const std::vector<in
     return plan;
 }
 
-// The last two arguments say where to run: device and stream, or for the host seed and threads.
+// The last two arguments say where to run: device and stream, or for the host the order of threads
+// (a seed) and their number, 0 for as many as on the device.
 template <auto Run>
 void draw(const BlockPlan& plan, int64_t seed, uint32_t epoch, uintptr_t sample_ids, int64_t batch, uintptr_t lengths,
           uintptr_t input_counts, uintptr_t input_cu_seqlens, int64_t input_size, uintptr_t target_counts,
@@ -90,25 +91,41 @@ constexpr auto fill_device = [](const FillArgs& args, int64_t device, uint64_t s
 };
 #endif
 
+template <auto Run, Name Where, Name How>
+void define_draw(py::module_& m, const char* name) {
+    def_by_name<&draw<Run>, "plan", "seed", "epoch", "sample_ids", "batch", "lengths", "input_counts",
+                "input_cu_seqlens", "input_size", "target_counts", "target_cu_seqlens", "target_size", "totals", "fits",
+                Where, How>(m, name);
+}
+
+template <auto Run, Name Where, Name How>
+void define_fill(py::module_& m, const char* name) {
+    def_by_name<&fill<Run>, "plan", "seed", "epoch", "sample_ids", "batch", "lengths", "fits", "tokens", "token_type",
+                "tokens_stride", "input_counts", "input_cu_seqlens", "input_ids", "input_positions", "input_modalities",
+                "input_size", "input_fill", "target_counts", "target_cu_seqlens", "target_ids", "target_positions",
+                "target_modalities", "target_size", "target_fill", Where, How>(m, name);
+}
+
+void ranks(uintptr_t keys, int n, uintptr_t out) {
+    ranks_on_host(as_ptr<const uint32_t>(keys), n, as_ptr<int32_t>(out));
+}
+
 }  // namespace
 
 void bind_mask_tokens_cuda(py::module_& m) {
-    py::class_<BlockPlan>(m, "MaskBlockPlan").def(py::init(&make_block_plan));
+    py::class_<BlockPlan>(m, "MaskBlockPlan")
+        .def(py::init(&make_block_plan), py::kw_only(), "lens"_a, "input_rows"_a, "input_low"_a, "input_high"_a,
+             "target_rows"_a, "target_low"_a, "target_high"_a, "gamma"_a, "exp2"_a);
     m.attr("mask_block_modalities") = kBlockModalities;
     m.attr("mask_block_seq_len") = kBlockSeqLen;
     m.attr("mask_block_slots") = kBlockSlots;
     m.attr("mask_block_warp") = kWarp;
-    m.def("mask_tokens_draw_host", &draw<draw_host>, release_gil);
-    m.def("mask_tokens_fill_host", &fill<fill_host>, release_gil);
-    m.def(
-        "mask_tokens_ranks_host",
-        [](uintptr_t keys, int n, uintptr_t ranks) {
-            ranks_on_host(as_ptr<const uint32_t>(keys), n, as_ptr<int32_t>(ranks));
-        },
-        release_gil);
+    define_draw<draw_host, "order", "threads">(m, "mask_tokens_draw_host");
+    define_fill<fill_host, "order", "threads">(m, "mask_tokens_fill_host");
+    def_by_name<&ranks, "keys", "n", "ranks">(m, "mask_tokens_ranks_host");
 #if M4K_CUDA
-    m.def("mask_tokens_draw_cuda", &draw<draw_device>, release_gil);
-    m.def("mask_tokens_fill_cuda", &fill<fill_device>, release_gil);
+    define_draw<draw_device, "device", "stream">(m, "mask_tokens_draw_cuda");
+    define_fill<fill_device, "device", "stream">(m, "mask_tokens_fill_cuda");
 #endif
 }
 

@@ -16,20 +16,25 @@ void quantize(uintptr_t xy, uintptr_t visible, uintptr_t scale, uintptr_t offset
                                     joints, static_cast<T>(canvas), static_cast<T>(bins - 1), threads});
 }
 
+void dequantize(uintptr_t tokens, uintptr_t xy, uintptr_t visible, int64_t n, int64_t joints, double canvas,
+                int64_t bins, int threads) {
+    dequantize_coords(DequantizeArgs{as_ptr<const int64_t>(tokens), as_ptr<float>(xy), as_ptr<bool>(visible), n, joints,
+                                     static_cast<float>(canvas), static_cast<float>(bins - 1), threads});
+}
+
+template <typename T>
+void define_quantize(py::module_& m, const char* name) {
+    def_by_name<&quantize<T>, "xy", "visible", "scale", "offset", "scale_step", "offset_step", "tokens", "n", "joints",
+                "canvas", "bins", "threads">(m, name);
+}
+
 }  // namespace
 
 void bind_quantize_coords(py::module_& m) {
-    m.def("quantize_coords_f32", &quantize<float>, release_gil);
-    m.def("quantize_coords_f64", &quantize<double>, release_gil);
-    m.def(
-        "dequantize_coords",
-        [](uintptr_t tokens, uintptr_t xy, uintptr_t visible, int64_t n, int64_t joints, double canvas, int64_t bins,
-           int threads) {
-            dequantize_coords(DequantizeArgs{as_ptr<const int64_t>(tokens), as_ptr<float>(xy), as_ptr<bool>(visible), n,
-                                             joints, static_cast<float>(canvas), static_cast<float>(bins - 1),
-                                             threads});
-        },
-        release_gil);
+    define_quantize<float>(m, "quantize_coords_f32");
+    define_quantize<double>(m, "quantize_coords_f64");
+    def_by_name<&dequantize, "tokens", "xy", "visible", "n", "joints", "canvas", "bins", "threads">(
+        m, "dequantize_coords");
 }
 
 }  // namespace m4k

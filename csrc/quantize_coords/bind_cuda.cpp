@@ -6,7 +6,8 @@
 namespace m4k {
 namespace {
 
-// The last arguments say where to run: device and stream, or for the host a seed and nothing.
+// The last two arguments say where to run: device and stream, or for the host the order of threads (a seed) and their
+// number, which is fixed here.
 template <typename T, auto Run>
 void quantize(uintptr_t xy, uintptr_t visible, uintptr_t scale, uintptr_t offset, int64_t scale_step,
               int64_t offset_step, uintptr_t tokens, int64_t n, int64_t joints, double canvas, int64_t bins,
@@ -23,6 +24,17 @@ void dequantize(uintptr_t tokens, uintptr_t xy, uintptr_t visible, int64_t n, in
     Run(DequantizeArgs{as_ptr<const int64_t>(tokens), as_ptr<float>(xy), as_ptr<bool>(visible), n, joints,
                        static_cast<float>(canvas), static_cast<float>(bins - 1), 1},
         where, how);
+}
+
+template <typename T, auto Run, Name Where, Name How>
+void define_quantize(py::module_& m, const char* name) {
+    def_by_name<&quantize<T, Run>, "xy", "visible", "scale", "offset", "scale_step", "offset_step", "tokens", "n",
+                "joints", "canvas", "bins", Where, How>(m, name);
+}
+
+template <auto Run, Name Where, Name How>
+void define_dequantize(py::module_& m, const char* name) {
+    def_by_name<&dequantize<Run>, "tokens", "xy", "visible", "n", "joints", "canvas", "bins", Where, How>(m, name);
 }
 
 constexpr auto quantize_host = [](const auto& args, int64_t seed, uint64_t) {
@@ -43,13 +55,13 @@ constexpr auto dequantize_device = [](const DequantizeArgs& args, int64_t device
 }  // namespace
 
 void bind_quantize_coords_cuda(py::module_& m) {
-    m.def("quantize_coords_f32_host", &quantize<float, quantize_host>, release_gil);
-    m.def("quantize_coords_f64_host", &quantize<double, quantize_host>, release_gil);
-    m.def("dequantize_coords_host", &dequantize<dequantize_host>, release_gil);
+    define_quantize<float, quantize_host, "order", "threads">(m, "quantize_coords_f32_host");
+    define_quantize<double, quantize_host, "order", "threads">(m, "quantize_coords_f64_host");
+    define_dequantize<dequantize_host, "order", "threads">(m, "dequantize_coords_host");
 #if M4K_CUDA
-    m.def("quantize_coords_f32_cuda", &quantize<float, quantize_device>, release_gil);
-    m.def("quantize_coords_f64_cuda", &quantize<double, quantize_device>, release_gil);
-    m.def("dequantize_coords_cuda", &dequantize<dequantize_device>, release_gil);
+    define_quantize<float, quantize_device, "device", "stream">(m, "quantize_coords_f32_cuda");
+    define_quantize<double, quantize_device, "device", "stream">(m, "quantize_coords_f64_cuda");
+    define_dequantize<dequantize_device, "device", "stream">(m, "dequantize_coords_cuda");
 #endif
 }
 

@@ -10,14 +10,8 @@ import torch
 
 from m4.data.store import TokenStore
 from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
-from m4kernels.dispatch import unavailable
 
 log = logging.getLogger(__name__)
-
-
-def host_backend() -> str:
-    """The backend that masks on the host whatever ``M4KERNELS_BACKEND`` names for the device."""
-    return "reference" if unavailable("cpp", "cpu") else "cpp"
 
 
 def mask_rows(

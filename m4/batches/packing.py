@@ -13,7 +13,6 @@ import math
 import numpy as np
 import torch
 
-from m4.batches.masked import host_backend
 from m4kernels import MaskingSpec, mask_tokens
 
 # Tokens of GEMM tiles: capacities are multiples, so that no product has a ragged last tile.
@@ -39,7 +38,7 @@ def drawn_counts(spec: MaskingSpec, *, seed: int, sample_ids: np.ndarray) -> tup
         spec,
         seed=seed,
         sample_ids=ids,
-        backend=host_backend(),
+        backend="auto",  # on the host, whatever M4KERNELS_BACKEND names for the device
     )
     inputs, targets = (half.segments.counts.numpy().astype(np.int64) for half in (batch.encoder, batch.decoder))
     return inputs, targets

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from m4.batches.masked import host_backend, mask_rows
+from m4.batches.masked import mask_rows
 from m4.batches.order import SampleOrder
 from m4.batches.packing import drawn_counts
 from m4.config import TrainConfig
@@ -154,7 +154,7 @@ def check_targets(
     for draw in range(_DRAWS):
         ids = positions + (draw << 48)
         cpu = torch.device("cpu")
-        batch = mask_rows(store, rows, ids, spec, seed=config.seed, device=cpu, backend=host_backend())
+        batch = mask_rows(store, rows, ids, spec, seed=config.seed, device=cpu, backend="auto")
         has_target |= batch.decoder.segments.counts.sum(1) > 0
         if has_target.all():
             return

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from m4.errors import ConfigError
 from m4.model import M4, Losses
 from m4.training.graphs import Function, Recorder
 from m4.training.optimizer import set_learning_rate
-from m4kernels import MaskedBatch, PackedTokens
+from m4kernels import MaskedBatch
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class TrainStep:
             recorder: `CudaGraphs`, or what stands for it where there is no GPU.
             micro_batches: of a step.
         """
-        self._batch = _clone(batch)
+        self._batch = batch.clone()
         self._counts.copy_(batch.decoder.segments.counts.sum(0).clamp(min=1))
         self._bad.fill_(1.0)  # so that warming up updates nothing, yet makes the optimiser's moments
         for function in (self._first, self._next, self._update, self._first, self._next):
@@ -147,8 +146,8 @@ class TrainStep:
     def micro_batch(self, batch: MaskedBatch) -> None:
         """Forward and backward."""
         recorded = self._recorded.get("next" if self._done else "first")
-        if recorded is not None and self._batch is not None and _same_shapes(batch, self._batch):
-            for static, given in zip(_tensors(self._batch), _tensors(batch), strict=True):
+        if recorded is not None and self._batch is not None and batch.has_shapes_of(self._batch):
+            for static, given in zip(self._batch.tensors(), batch.tensors(), strict=True):
                 static.copy_(given)
             recorded()
         else:
@@ -204,32 +203,3 @@ class TrainStep:
         self._bad.copy_(torch.maximum(self._bad, (~finite).float()))
         self._updates.add_(1.0 - self._bad)
         self._optimizer.step()
-
-
-def _halves(batch: MaskedBatch) -> tuple[PackedTokens, PackedTokens]:
-    return batch.encoder, batch.decoder
-
-
-def _tensors(batch: MaskedBatch) -> list[Tensor]:
-    return [
-        tensor
-        for half in _halves(batch)
-        for tensor in (half.ids, half.positions, half.modalities, half.segments.cu_seqlens, half.segments.counts)
-    ]
-
-
-def _same_shapes(a: MaskedBatch, b: MaskedBatch) -> bool:
-    def shapes(batch: MaskedBatch) -> list[Any]:
-        return [t.shape for t in _tensors(batch)] + [half.segments.max_seqlen for half in _halves(batch)]
-
-    return shapes(a) == shapes(b)
-
-
-def _clone(batch: MaskedBatch) -> MaskedBatch:
-    def half(packed: PackedTokens) -> PackedTokens:
-        segments = replace(
-            packed.segments, cu_seqlens=packed.segments.cu_seqlens.clone(), counts=packed.segments.counts.clone()
-        )
-        return PackedTokens(packed.ids.clone(), packed.positions.clone(), packed.modalities.clone(), segments)
-
-    return MaskedBatch(half(batch.encoder), half(batch.decoder))

@@ -49,15 +49,8 @@ def mask_on(target: tuple[str, str], tokens: Tensor, spec: MaskingSpec, **keywor
     return mask_tokens(tokens.to(device), spec, **moved, backend=backend).to("cpu")
 
 
-def tensors(batch: MaskedBatch) -> list[Tensor]:
-    out = []
-    for half in (batch.encoder, batch.decoder):
-        out += [half.ids, half.positions, half.modalities, half.segments.cu_seqlens, half.segments.counts]
-    return out
-
-
 def assert_equal(actual: MaskedBatch, expected: MaskedBatch) -> None:
-    for a, e in zip(tensors(actual), tensors(expected), strict=True):
+    for a, e in zip(actual.tensors(), expected.tensors(), strict=True):
         assert a.dtype == e.dtype
         assert torch.equal(a, e)
 

@@ -3,14 +3,16 @@ interpreter, and, on a GPU, shapes of M4, repeated runs and graph capture."""
 
 import mmap
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from m4kernels import Segments, cross_modal_attention
+from m4kernels import Segments, _triton, cross_modal_attention
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS, m4_counts, random_counts
+from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments
 from m4kernels.testing import assert_within_error_budget
 from tests.ops.attention_cases import ALLOW, Kernel, case, check, run
 from tests.ops.targets import HAS_TRITON, targets
@@ -63,14 +65,15 @@ def test_lengths_around_tiles(kernel: Kernel, cross: bool) -> None:
     check(kernel, *case(counts, k_counts, heads=(1, 1), dim=8, device=kernel.device), None, None)
 
 
-@pytest.mark.parametrize("modalities", [1, 3, 31, 33])
-def test_numbers_of_modalities(kernel: Kernel, modalities: int) -> None:
-    """Up to 31 are kept as bits, which skips tiles; more are looked up score by score."""
+@pytest.mark.parametrize(("modalities", "masked"), [(1, True), (3, True), (31, True), (33, False)])
+def test_numbers_of_modalities(kernel: Kernel, modalities: int, masked: bool) -> None:
+    """Up to 31 are kept as bits; without `allow` they do not matter."""
     g = torch.Generator().manual_seed(modalities)
     counts = random_counts(2, (80 // modalities,) * modalities, g, empty=0.3)
     k_counts = random_counts(2, (80 // modalities,) * modalities, g, empty=0.3)
     allow = torch.rand(modalities, modalities, generator=g) < 0.5
-    check(kernel, *case(counts, k_counts, heads=(1, 1), dim=8, device=kernel.device), allow, None)
+    tensors = case(counts, k_counts, heads=(1, 1), dim=8, device=kernel.device)
+    check(kernel, *tensors, allow if masked else None, None)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, under the interpreter
@@ -107,14 +110,21 @@ def test_addresses_beyond_2_to_31() -> None:
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     from m4kernels.ops.cross_modal_attention import triton as module
 
-    assert module.can_run(torch.zeros(1, 1, 128)) is None
-    assert "computes in float32" in module.can_run(torch.zeros(1, 1, 8, dtype=torch.float64))
-    assert "at most 128, got 136: use" in module.can_run(torch.zeros(1, 1, 136))
-    monkeypatch.setattr(module, "_capability", lambda device: (7, 5))
-    old = SimpleNamespace(dtype=torch.bfloat16, shape=(1, 1, 64), is_cuda=True, device=torch.device("cuda", 0))
-    assert "needs a GPU of compute capability 8.0, got 7.5: use float16" in module.can_run(old)
+    def asked(q: Any, modalities: int = 4, allow: Tensor | None = None) -> str | None:
+        segments = Segments.from_counts(torch.zeros(1, modalities, dtype=torch.int64))
+        return module.can_run(AttentionArguments(q, q, q, segments, segments, allow, 1.0))
+
+    assert asked(torch.zeros(1, 1, 128)) is None
+    assert "computes in float32" in asked(torch.zeros(1, 1, 8, dtype=torch.float64))
+    assert "at most 128, got 136: use" in asked(torch.zeros(1, 1, 136))
+    assert asked(torch.zeros(1, 1, 8), 31, torch.ones(31, 31) > 0) is None
+    assert asked(torch.zeros(1, 1, 8), 32) is None
+    assert "allow may have up to 31 modalities, got 32: use" in asked(torch.zeros(1, 1, 8), 32, torch.ones(32, 32) > 0)
+    monkeypatch.setattr(_triton, "_capability", lambda device: (7, 5))
+    old = SimpleNamespace(dtype=torch.bfloat16, shape=(1, 1, 64), device=torch.device("cuda", 0))
+    assert "needs a GPU of compute capability 8.0 or more, this one has 7.5: use float16" in asked(old)
     old.dtype = torch.float16
-    assert module.can_run(old) is None
+    assert asked(old) is None
     q = torch.zeros(2, 1, 136)
     segments = Segments.from_counts(torch.tensor([[2]]))
     with pytest.raises(ValueError, match=r"'triton' cannot run: .*head_dim must be at most 128|got cpu tensors"):

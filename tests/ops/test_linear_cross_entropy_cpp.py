@@ -78,10 +78,10 @@ def test_the_pass_gives_the_same_bits_for_every_thread_count() -> None:
     results = []
     for threads in (1, 2, 3, 7):
         out = (logits.clone(), torch.empty(rows), torch.empty(rows, dtype=torch.bool))
-        inputs = (tensor.data_ptr() for tensor in (order, limit, scale, targets))
-        extension.lce_pass_f32(
-            out[0].data_ptr(), *inputs, out[1].data_ptr(), out[2].data_ptr(), 0, rows, width, True, threads
-        )
+        tensors = {"order": order, "limit": limit, "scale": scale, "targets": targets}
+        tensors |= dict(zip(("logits", "nll", "correct"), out, strict=True))
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        extension.lce_pass_f32(**addresses, first=0, rows=rows, width=width, gradient=True, threads=threads)
         results.append(out)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -89,7 +89,9 @@ def test_the_pass_gives_the_same_bits_for_every_thread_count() -> None:
 
 def plan(limits: list[int], logits: int, max_rows: int = 1024) -> list[tuple[int, int, int]]:
     limit = torch.tensor(limits)
-    return _ext.require().lce_plan(limit.data_ptr(), len(limits), logits * 4, 4, 0, max_rows)
+    return _ext.require().lce_plan(
+        limit=limit.data_ptr(), count=len(limits), bytes=logits * 4, per_logit=4, per_row=0, max_rows=max_rows
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

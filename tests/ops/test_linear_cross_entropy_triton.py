@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m4kernels import linear_cross_entropy
+from m4kernels import _triton, linear_cross_entropy
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 from m4kernels.testing import assert_within_error_budget
 from tests.ops.linear_cross_entropy_cases import (
@@ -215,17 +215,18 @@ def test_what_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"'triton' cannot run: it takes float32, bfloat16 and float16, got torch\.fl"):
         linear_cross_entropy(x, x, torch.tensor([0, 1]), backend="triton")
-    gpu = SimpleNamespace(device=torch.device("cuda"))
-    bfloat16, float32 = arguments_of(1, 1, 1, dtype=torch.bfloat16), arguments_of(1, 1, 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "capability 8.0 or more, this one has 7.5" in backend.can_run(gpu, bfloat16)
-    assert backend.can_run(gpu, float32) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    bfloat16, float32 = (
+        SimpleNamespace(device=torch.device("cuda"), operand_dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
+    monkeypatch.setattr(_triton, "_capability", lambda _: (7, 5))
+    assert "capability 8.0 or more, this one has 7.5" in backend.can_run(bfloat16)
+    assert backend.can_run(float32) is None
+    monkeypatch.setattr(_triton, "_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu130")
-    assert "need torch 2.10" in backend.can_run(gpu, bfloat16)
-    assert backend.can_run(gpu, float32) is None
+    assert "need torch 2.10" in backend.can_run(bfloat16)
+    assert backend.can_run(float32) is None
     monkeypatch.setattr(torch, "__version__", "2.10.0")
-    assert backend.can_run(gpu, bfloat16) is None
+    assert backend.can_run(bfloat16) is None
 
 
 def step(arguments: Case, workspace: int) -> tuple[Tensor, ...]:

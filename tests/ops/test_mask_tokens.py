@@ -21,7 +21,6 @@ from tests.ops.masking import (
     make_inputs,
     mask_on,
     split,
-    tensors,
     tied_keys,
 )
 from tests.ops.targets import targets
@@ -84,7 +83,11 @@ def test_key_ties_go_to_the_lower_position(n: int) -> None:
     words = keys.to(torch.uint32)
     for b in range(len(keys)):
         _ext.require().mask_tokens_select(
-            words[b].data_ptr(), int(available[b]), int(inputs[b]), int(targets[b]), actual[b].data_ptr()
+            keys=words[b].data_ptr(),
+            n=int(available[b]),
+            inputs=int(inputs[b]),
+            targets=int(targets[b]),
+            roles=actual[b].data_ptr(),
         )
     assert torch.equal(actual.long(), expected)
     # The reference itself against sorting pairs.
@@ -119,7 +122,7 @@ def test_golden_hashes(target: Target) -> None:
     hashes = []
     for seed, epoch, available in ((0, 0, None), (-5, 3, lengths)):
         batch = mask_on(target, tokens, M4, seed=seed, epoch=epoch, sample_ids=ids, lengths=available)
-        data = b"".join(t.numpy().astype("<i8").tobytes() for t in tensors(batch))
+        data = b"".join(t.numpy().astype("<i8").tobytes() for t in batch.tensors())
         hashes.append(hashlib.sha256(data).hexdigest())
     assert hashes == [
         "db250299a1be0973fa5cf5238409c5a84008cab9de378ca80ea8befb867b8cb3",
@@ -175,7 +178,7 @@ def test_capacity(target: Target) -> None:
         assert (half.ids[size:] == fill).all()
         assert (half.positions[size:] == 0).all()
         assert (half.modalities[size:] == 0).all()
-    for a, e in zip(tensors(roomy), tensors(exact), strict=True):
+    for a, e in zip(roomy.tensors(), exact.tensors(), strict=True):
         assert torch.equal(a[: e.shape[0]], e)
     for key, value in exact.padded().items():
         assert torch.equal(roomy.padded()[key], value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from m4kernels import MaskedBatch, mask_tokens
-from tests.ops.masking import M4, assert_equal, make_inputs, tensors
+from tests.ops.masking import M4, assert_equal, make_inputs
 
 BACKENDS = ("cuda", "triton")
 pytestmark = [
@@ -49,7 +49,7 @@ def test_graph_capture_with_a_capacity(backend: str) -> None:
         new = make_inputs(M4, 96, ragged=True, seed=seed)
         for buffer, values in zip((tokens, ids, lengths), new, strict=True):
             buffer.copy_(values)
-        for tensor in tensors(captured):
+        for tensor in captured.tensors():
             tensor.fill_(77)
         graph.replay()
         host_tokens, host_ids, host_lengths = new

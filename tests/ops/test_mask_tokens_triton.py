@@ -89,12 +89,12 @@ def test_division_is_exact(target: Target) -> None:
 def test_blocks_of_samples_join(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of the first kernel, whose sums the second reads in several chunks."""
     spec = MaskingSpec((9,), (0.5,), (3.0,), (0, 9), (0, 9))
-    tiles = backend._tiles
+    tiles = backend.tiles_of
 
     def small_tiles(*args: Any, **keywords: Any) -> dict[str, int]:
         return tiles(*args, **keywords) | {"BLOCK_B": 4, "BLOCK_S": 2, "CHUNK": 2}
 
-    monkeypatch.setattr(backend, "_tiles", small_tiles)
+    monkeypatch.setattr(backend, "tiles_of", small_tiles)
     tokens, ids, lengths = make_inputs(spec, 18, ragged=True)
     keywords = {"seed": 5, "sample_ids": ids, "lengths": lengths}
     expected = mask_tokens(tokens, spec, **keywords, backend="reference")

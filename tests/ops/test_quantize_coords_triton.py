@@ -19,7 +19,7 @@ import tempfile
 import triton
 
 from m4kernels.aot import compile_case
-from m4kernels.ops.quantize_coords.triton import aot_cases
+from m4kernels.ops.quantize_coords.aot import aot_cases
 
 compiled = []
 compile_it = triton.compile

@@ -17,7 +17,7 @@ from m4kernels import (
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS, m4_counts
 from m4kernels.cases import M4_MASKING as M4
 from m4kernels.dispatch import unavailable
-from m4kernels.segments import MaskedBatch, Segments
+from m4kernels.segments import Segments
 
 ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CPP = pytest.param("cpp", "cpu", id="cpp")
@@ -50,11 +50,6 @@ def assert_ten_times_the_same(run: Callable[[], list[Tensor]]) -> None:
         del litter
 
 
-def tensors(batch: MaskedBatch) -> list[Tensor]:
-    halves = (batch.encoder, batch.decoder)
-    return [x for h in halves for x in (h.ids, h.positions, h.modalities, h.segments.cu_seqlens, h.segments.counts)]
-
-
 @pytest.mark.parametrize(("backend", "device"), [CPP, *on_cuda("triton", "cuda")])
 def test_quantize_coords(backend: str, device: str) -> None:
     require("quantize_coords", backend, device)
@@ -77,7 +72,7 @@ def test_mask_tokens(backend: str, device: str) -> None:
     ids = torch.arange(batch, device=device)
     capacity = (batch * 256, batch * 256)
     assert_ten_times_the_same(
-        lambda: tensors(mask_tokens(tokens, M4, seed=1, sample_ids=ids, capacity=capacity, backend=backend))
+        lambda: mask_tokens(tokens, M4, seed=1, sample_ids=ids, capacity=capacity, backend=backend).tensors()
     )
 
 
@@ -148,5 +143,5 @@ def test_masks_of_100_000_samples_are_those_of_the_cpu(backend: str, device: str
             capacity=capacity,
             backend=backend,
         )
-        for a, b in zip(tensors(actual), tensors(expected), strict=True):
+        for a, b in zip(actual.tensors(), expected.tensors(), strict=True):
             assert torch.equal(a.cpu(), b), f"samples {first} to {first + 9_999} differ"

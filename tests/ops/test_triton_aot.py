@@ -103,4 +103,4 @@ def test_refusals_say_why() -> None:
     assert "unset it" in done.stderr
     done = run("-m", "m4kernels.aot", "no_such_op")
     assert done.returncode == 2
-    assert "no aot_cases in a triton.py of no_such_op" in done.stderr
+    assert "no aot.py in the folder of no_such_op" in done.stderr

@@ -9,24 +9,18 @@ import torch
 from torch import Tensor
 
 from m4kernels._dtypes import compute_dtype
-from m4kernels.dispatch import runs_always
+from m4kernels.backend import runs_always
+from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments
 from m4kernels.segments import Segments
 
 can_run = runs_always
 
 
-def cross_modal_attention(
-    q: Tensor,  # (Tq, H, Dh)
-    k: Tensor,  # (Tk, Hkv, Dh)
-    v: Tensor,  # (Tk, Hkv, Dh)
-    q_segments: Segments,
-    k_segments: Segments,
-    allow: Tensor | None,  # (M, M)
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def cross_modal_attention(call: AttentionArguments) -> tuple[Tensor, Tensor]:
     """out (Tq, H, Dh) and lse (H, Tq), the logsumexp of the scaled scores of every row, -inf where it has no key."""
+    q, k, v, q_segments, k_segments, allow, scale = call
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=compute_dtype(q.dtype))
+    lse = q.new_full(call.lse_shape, -torch.inf, dtype=compute_dtype(q.dtype))
     for rows, keys, allowed in _samples(q_segments, k_segments, allow):
         _, values, scores = _scores(q[rows], k[keys], v[keys], allowed, scale)
         # Subtracting the largest score is exact; subtracting the rounded logsumexp would cost |lse| eps.
@@ -39,18 +33,13 @@ def cross_modal_attention(
 
 
 def cross_modal_attention_backward(
+    call: AttentionArguments,
     grad_out: Tensor,  # (Tq, H, Dh)
-    q: Tensor,  # (Tq, H, Dh)
-    k: Tensor,  # (Tk, Hkv, Dh)
-    v: Tensor,  # (Tk, Hkv, Dh)
-    out: Tensor,  # (Tq, H, Dh)
+    _out: Tensor,  # (Tq, H, Dh)
     lse: Tensor,  # (H, Tq)
-    q_segments: Segments,
-    k_segments: Segments,
-    allow: Tensor | None,  # (M, M)
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v, from P = exp(scores - lse), dP = dO Vᵀ, dS = P (dP - Σ P dP) scale."""
+    q, k, v, q_segments, k_segments, allow, scale = call
     grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     groups = k.shape[1]
     for rows, keys, allowed in _samples(q_segments, k_segments, allow):

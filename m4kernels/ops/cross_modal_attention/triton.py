@@ -5,20 +5,19 @@ those of keys and values, which read them. In one launch every program of the se
 and sum it anew for each pair of tiles, and both halves would pay for the larger one's registers.
 """
 
-import functools
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from m4kernels.aot import AotCase
+from m4kernels._triton import bfloat16_unfit, launch_on
 from m4kernels.ops.cross_modal_attention import triton_kernels as kernels
+from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments
 from m4kernels.segments import Segments
 
 MAX_HEAD_DIM = 128
+MAX_MODALITIES = 31  # bits of an integer, see triton_blocks.py
 
 
 class Launch(NamedTuple):
@@ -57,76 +56,61 @@ LAUNCHES = {
 }
 
 
-def can_run(q: Tensor, *_args: object) -> str | None:
-    """float32, bfloat16 from compute capability 8.0 on, and float16; heads of at most 128."""
+def can_run(call: AttentionArguments) -> str | None:
+    """float32, bfloat16 from compute capability 8.0 on, and float16; heads of at most 128; with `allow` up to 31
+    modalities."""
+    q = call.q
     if q.dtype == torch.float64:
         return "it computes in float32, got torch.float64 tensors"
     if q.shape[2] > MAX_HEAD_DIM:
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[2]}: use more heads, or backend='reference'"
-    if q.dtype == torch.bfloat16 and q.is_cuda and _capability(q.device) < (8, 0):
-        have = ".".join(map(str, _capability(q.device)))
-        return f"bfloat16 needs a GPU of compute capability 8.0, got {have}: use float16 or float32"
-    return None
+    modalities = call.q_segments.num_modalities
+    if call.allow is not None and modalities > MAX_MODALITIES:
+        return f"allow may have up to {MAX_MODALITIES} modalities, got {modalities}: use backend='reference'"
+    return bfloat16_unfit(call.device) if q.dtype == torch.bfloat16 else None
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def cross_modal_attention(
-    q: Tensor,  # (Tq, H, Dh)
-    k: Tensor,  # (Tk, Hkv, Dh)
-    v: Tensor,  # (Tk, Hkv, Dh)
-    q_segments: Segments,
-    k_segments: Segments,
-    allow: Tensor | None,  # (M, M)
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def cross_modal_attention(call: AttentionArguments) -> tuple[Tensor, Tensor]:
     """out (Tq, H, Dh) and lse (H, Tq)."""
-    q, k, v = (_readable(x) for x in (q, k, v))
+    q, k, v = (_readable(x) for x in call[:3])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    launch = LAUNCHES[q.element_size(), _block_d(q.shape[2])].forward
-    where, constants = _where(q_segments, k_segments, allow), _constants(q, k, q_segments, launch)
-    grid, numbers = _grid(q, q_segments, launch.block_q)
-    with _device(q):
+    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device)
+    launch = launches_of(q).forward
+    grid, sizes = _grid(q, call.q_segments, launch.block_q)
+    with launch_on(q):
         kernels.forward_kernel[grid](
-            q, k, v, out, lse, *where, scale, *numbers, *_strides(q, k, v), **constants
-        )  # fmt: skip
+            **_strided(q=q, k=k, v=v),
+            out=out,
+            lse=lse,
+            **sizes,
+            **_where(call),
+            **constants_of(call, launch),
+        )
     return out, lse
 
 
 def cross_modal_attention_backward(
+    call: AttentionArguments,
     grad_out: Tensor,  # (Tq, H, Dh)
-    q: Tensor,  # (Tq, H, Dh)
-    k: Tensor,  # (Tk, Hkv, Dh)
-    v: Tensor,  # (Tk, Hkv, Dh)
     out: Tensor,  # (Tq, H, Dh)
     lse: Tensor,  # (H, Tq)
-    q_segments: Segments,
-    k_segments: Segments,
-    allow: Tensor | None,  # (M, M)
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
-    grad_out, q, k, v, out = (_readable(x) for x in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (_readable(x) for x in (grad_out, *call[:3], out))
     lse = lse.contiguous()
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    launches = LAUNCHES[q.element_size(), _block_d(q.shape[2])]
-    where = _where(q_segments, k_segments, allow)
-    with _device(q):
-        grid, numbers = _grid(q, q_segments, launches.grad_q.block_q)
+    launches = launches_of(q)
+    both = _strided(grad_out=grad_out, q=q, k=k, v=v) | _where(call) | {"lse": lse, "delta": delta}
+    with launch_on(q):
+        grid, sizes = _grid(q, call.q_segments, launches.grad_q.block_q)
         kernels.grad_q_kernel[grid](
-            grad_out, q, k, v, out, lse, delta, grad_q, *where, scale, *numbers, *_strides(grad_out, q, k, v, out),
-            **_constants(q, k, q_segments, launches.grad_q),
-        )  # fmt: skip
-        grid, numbers = _grid(k, k_segments, launches.grad_kv.block_k)
+            **both, **_strided(out=out), grad_q=grad_q, **sizes, **constants_of(call, launches.grad_q)
+        )
+        grid, sizes = _grid(k, call.k_segments, launches.grad_kv.block_k)
         kernels.grad_kv_kernel[grid](
-            grad_out, q, k, v, lse, delta, grad_k, grad_v, *where, scale, q.shape[0], *numbers,
-            *_strides(grad_out, q, k, v), **_constants(q, k, q_segments, launches.grad_kv),
-        )  # fmt: skip
+            **both, grad_k=grad_k, grad_v=grad_v, q_total=len(q), **sizes, **constants_of(call, launches.grad_kv)
+        )
     return grad_q, grad_k, grad_v
 
 
@@ -135,95 +119,61 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _strides(*tensors: Tensor) -> Iterator[int]:
-    return (stride for x in tensors for stride in x.stride()[:2])
+def _strided(**tensors: Tensor) -> dict[str, Tensor | int]:
+    """Tensors (tokens, heads, head_dim), and their steps between tokens and heads, as the kernels name them."""
+    steps: dict[str, Tensor | int] = dict(tensors)
+    for name, x in tensors.items():
+        steps |= {f"stride_{name}": x.stride(0), f"stride_{name}_head": x.stride(1)}
+    return steps
 
 
-def _device(x: Tensor) -> Any:
-    """Triton launches on the current device, whatever the tensors' is."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+def _where(call: AttentionArguments) -> dict[str, Any]:
+    """Where the samples and modalities lie, and the scale, as every kernel takes it."""
+    q_segments, k_segments, allow = call.q_segments, call.k_segments, call.allow
+    return {
+        "q_cu_seqlens": q_segments.cu_seqlens.contiguous(),
+        "k_cu_seqlens": k_segments.cu_seqlens.contiguous(),
+        "q_counts": q_segments.counts.contiguous(),
+        "k_counts": k_segments.counts.contiguous(),
+        "allow": None if allow is None else allow.contiguous(),
+        "scale": call.scale,
+    }
 
 
-def _block_d(head_dim: int) -> int:
+def _grid(x: Tensor, segments: Segments, block: int) -> tuple[tuple[int], dict[str, int]]:
+    """One program a head, tile and sample, one more sample being the tail; and the numbers of these. No value on the
+    device is asked for."""
+    tiles = max(1, triton.cdiv(segments.max_seqlen, block))
+    total, heads, _ = x.shape
+    sizes = {"total": total, "samples": segments.batch_size, "heads": heads, "tiles": tiles}
+    return (heads * tiles * (segments.batch_size + 1),), sizes
+
+
+def launches_of(q: Tensor) -> Launches:
+    """The launches for q (Tq, H, Dh)."""
+    return LAUNCHES[q.element_size(), block_d(q.shape[2])]
+
+
+def block_d(head_dim: int) -> int:
+    """The padded head_dim."""
     return max(32, triton.next_power_of_2(head_dim))
 
 
-def _where(q_segments: Segments, k_segments: Segments, allow: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Where the samples and modalities lie, as every kernel takes it."""
-    segments = (q_segments.cu_seqlens, k_segments.cu_seqlens, q_segments.counts, k_segments.counts)
-    return *(x.contiguous() for x in segments), None if allow is None else allow.contiguous()
-
-
-def _grid(x: Tensor, segments: Segments, block: int) -> tuple[tuple[int], tuple[int, int, int, int]]:
-    """One program a head, tile and sample, one more sample being the tail; and (total, samples, heads, tiles). No value
-    on the device is asked for."""
-    tiles = max(1, triton.cdiv(segments.max_seqlen, block))
-    total, heads, _ = x.shape
-    return (heads * tiles * (segments.batch_size + 1),), (total, segments.batch_size, heads, tiles)
-
-
-def _constants(q: Tensor, k: Tensor, segments: Segments, launch: Launch) -> dict[str, int]:
+def constants_of(call: AttentionArguments, launch: Launch) -> dict[str, int]:
     """The compile-time arguments that every kernel takes, and how it is launched."""
-    return _launch_options(launch, q.shape[1] // k.shape[1], segments.num_modalities, q.shape[2])
+    group = call.q.shape[1] // call.k.shape[1]
+    return launch_options(launch, group, call.q_segments.num_modalities, call.q.shape[2])
 
 
-def _launch_options(launch: Launch, group: int, modalities: int, head_dim: int) -> dict[str, int]:
+def launch_options(launch: Launch, group: int, modalities: int, head_dim: int) -> dict[str, int]:
     return {
         "GROUP": group,
         "MODALITIES": modalities,
         "HEAD_DIM": head_dim,
         "BLOCK_MODALITIES": triton.next_power_of_2(modalities),
-        "BLOCK_D": _block_d(head_dim),
+        "BLOCK_D": block_d(head_dim),
         "BLOCK_Q": launch.block_q,
         "BLOCK_K": launch.block_k,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-
-
-def aot_cases() -> list[AotCase]:
-    """Every launch of the table, with 4 modalities, and without `allow` at M4's head_dim; and odd ones."""
-    cases = []
-    for (size, head_dim), launches in LAUNCHES.items():
-        dtype = "bf16" if size == 2 else "fp32"
-        for kernel, launch in zip(Launches._fields, launches, strict=True):
-            for masked in (True, False) if head_dim == 64 else (True,):
-                case = _aot_case(kernel, launch, dtype, head_dim, masked=masked)
-                if dtype == "fp32":
-                    cases.append(replace(case, max_registers=128))  # 2 blocks of 8 warps a multiprocessor
-                elif head_dim == 64:
-                    cases.append(replace(case, max_registers=168, architectures=(90, 100)))  # 3 blocks of 4 warps
-                    cases.append(replace(case, architectures=(80,)))
-                else:
-                    cases.append(case)
-    for kernel, launch in zip(Launches._fields, LAUNCHES[2, 128], strict=True):
-        cases.append(replace(_aot_case(kernel, launch, "fp16", 72, group=2), architectures=(90,)))
-        case = _aot_case(kernel, launch, "fp16", 72, modalities=33)
-        # Looking every score up takes 64-bit addresses: a form that is right, but not tuned.
-        cases.append(replace(case, architectures=(90,), max_stack_bytes=512))
-    return cases
-
-
-def _aot_case(
-    name: str, launch: Launch, dtype: str, head_dim: int, *, masked: bool = True, group: int = 1, modalities: int = 4
-) -> AotCase:
-    """One launch, specialised as for views into a fused projection of M4: everything aligned, whatever the total."""
-    kernel = getattr(kernels, f"{name}_kernel")
-    options = _launch_options(launch, group, modalities, head_dim)
-    warps, stages = options.pop("num_warps"), options.pop("num_stages")
-    constants: dict[str, Any] = options if masked else options | {"allow": None}
-    types = {name: _aot_type(name, dtype, head_dim) for name in kernel.arg_names if name not in constants}
-    title = f"{name} {dtype} head_dim {head_dim}{'' if masked else ', no allow'}"
-    if (group, modalities) != (1, 4):
-        title += f", {group} heads a group, {modalities} modalities"
-    return AotCase(title, kernel, types, constants, warps, stages)
-
-
-def _aot_type(argument: str, dtype: str, head_dim: int) -> str:
-    if argument.startswith("stride"):
-        return "i32" if head_dim % 16 else "i32:16"
-    if argument.endswith(("cu_seqlens", "counts")):
-        return "*i32:16"
-    integers = ("total", "q_total", "samples", "heads", "tiles")
-    types = {"allow": "*i1:16", "scale": "fp32", "lse": "*fp32:16", "delta": "*fp32:16"}
-    return (types | dict.fromkeys(integers, "i32")).get(argument, f"*{dtype}:16")

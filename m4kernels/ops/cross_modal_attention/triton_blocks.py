@@ -1,9 +1,8 @@
 """What the Triton kernels of cross_modal_attention are made of: products, addresses and modalities.
 
-Tokens of a sample are ordered by modality, so counts say which modalities a tile holds. Up to 31 of them
-fit in the bits of an integer: a query has the bits of the modalities it attends to, a key the bit of its own. Two
-integers a tile then decide whether a pair of tiles is skipped, whole, or mixed; only mixed tiles look at single scores.
-With more modalities nothing is skipped, and every score looks its pair up.
+Tokens of a sample are ordered by modality, so counts say which modalities a tile holds. They fit in the bits of an
+integer, 31 at most: a query has the bits of the modalities it attends to, a key the bit of its own. Two integers a tile
+then decide whether a pair of tiles is skipped, whole, or mixed; only mixed tiles look at single scores.
 """
 
 import os
@@ -13,7 +12,6 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-PACKED_MODALITIES = tl.constexpr(31)
 # The interpreter cannot multiply bfloat16 blocks, so there, and only there, they are multiplied in float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -51,7 +49,13 @@ def place(heads, tiles):
 
 
 @triton.jit
-def at(x, i_token, i_head, stride_token, stride_head):
+def at(
+    x,  # (tokens, heads, head_dim)
+    i_token,
+    i_head,
+    stride_token,
+    stride_head,
+):
     """Address of one token's head, by 64-bit offsets."""
     return x + i_token.to(tl.int64) * stride_token + i_head.to(tl.int64) * stride_head
 
@@ -103,7 +107,12 @@ def zero_tail(
 
 
 @triton.jit
-def spans(counts, i_sample, MODALITIES: tl.constexpr, BLOCK_MODALITIES: tl.constexpr):
+def spans(
+    counts,  # (samples, MODALITIES)
+    i_sample,
+    MODALITIES: tl.constexpr,
+    BLOCK_MODALITIES: tl.constexpr,
+):
     """First token of every modality in a sample, and the one after its last, both (BLOCK_MODALITIES,)."""
     o_modality = tl.arange(0, BLOCK_MODALITIES)
     p_count = counts + i_sample.to(tl.int64) * MODALITIES + o_modality
@@ -113,17 +122,17 @@ def spans(counts, i_sample, MODALITIES: tl.constexpr, BLOCK_MODALITIES: tl.const
 
 
 @triton.jit
-def allowed_by(allow, MODALITIES: tl.constexpr, BLOCK_MODALITIES: tl.constexpr):
-    """(BLOCK_MODALITIES,): bit j of entry i says allow[i, j]; with too many for that, where row i begins."""
+def allowed_by(
+    allow,  # (MODALITIES, MODALITIES)
+    MODALITIES: tl.constexpr,
+    BLOCK_MODALITIES: tl.constexpr,
+):
+    """(BLOCK_MODALITIES,): bit j of entry i says allow[i, j]."""
     o_modality = tl.arange(0, BLOCK_MODALITIES)
-    if MODALITIES > PACKED_MODALITIES:
-        b_allowed = o_modality * MODALITIES
-    else:
-        m_modality = o_modality < MODALITIES
-        o_allow = o_modality[:, None] * MODALITIES + o_modality[None, :]
-        b_allow = tl.load(allow + o_allow, mask=m_modality[:, None] & m_modality[None, :], other=0)
-        b_allowed = tl.sum(b_allow.to(tl.int32) << o_modality[None, :], 1)
-    return b_allowed
+    m_modality = o_modality < MODALITIES
+    o_allow = o_modality[:, None] * MODALITIES + o_modality[None, :]
+    b_allow = tl.load(allow + o_allow, mask=m_modality[:, None] & m_modality[None, :], other=0)
+    return tl.sum(b_allow.to(tl.int32) << o_modality[None, :], 1)
 
 
 @triton.jit
@@ -140,47 +149,24 @@ def _holds(b_start, b_end, i_first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def queries_of(b_start, b_end, b_allowed, i_first, MODALITIES: tl.constexpr, BLOCK: tl.constexpr):
+def queries_of(b_start, b_end, b_allowed, i_first, BLOCK: tl.constexpr):
     """Of a tile of queries, in bits: the modalities that some of them attend to, those that some do not attend to."""
-    if MODALITIES > PACKED_MODALITIES:
-        some, lacking = 1, 1
-    else:
-        m_holds = _holds(b_start, b_end, i_first, BLOCK)
-        some = tl.reduce(tl.where(m_holds, b_allowed, 0), 0, _or)
-        lacking = tl.reduce(tl.where(m_holds, ~b_allowed, 0), 0, _or)
-    return some, lacking
+    m_holds = _holds(b_start, b_end, i_first, BLOCK)
+    some = tl.reduce(tl.where(m_holds, b_allowed, 0), 0, _or)
+    return some, tl.reduce(tl.where(m_holds, ~b_allowed, 0), 0, _or)
 
 
 @triton.jit
-def keys_of(b_start, b_end, i_first, MODALITIES: tl.constexpr, BLOCK_MODALITIES: tl.constexpr, BLOCK: tl.constexpr):
+def keys_of(b_start, b_end, i_first, BLOCK_MODALITIES: tl.constexpr, BLOCK: tl.constexpr):
     """Of a tile of keys, in bits: the modalities it holds."""
-    if MODALITIES > PACKED_MODALITIES:
-        held = 1
-    else:
-        b_bit = 1 << tl.arange(0, BLOCK_MODALITIES)
-        held = tl.sum(tl.where(_holds(b_start, b_end, i_first, BLOCK), b_bit, 0), 0)
-    return held
+    b_bit = 1 << tl.arange(0, BLOCK_MODALITIES)
+    return tl.sum(tl.where(_holds(b_start, b_end, i_first, BLOCK), b_bit, 0), 0)
 
 
 @triton.jit
-def labels_of_keys(
-    b_start, b_end, i_first, MODALITIES: tl.constexpr, BLOCK_MODALITIES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(BLOCK,): the bit of each key's modality; with too many for that, its number."""
-    o_modality = tl.arange(0, BLOCK_MODALITIES)
-    if MODALITIES <= PACKED_MODALITIES:
-        o_modality = 1 << o_modality
-    return of_tokens(o_modality, b_start, b_end, i_first, BLOCK)
-
-
-@triton.jit
-def attends(allow, b_query, b_key, MODALITIES: tl.constexpr):
-    """Whether queries attend to keys, from `of_tokens` of what `allowed_by` gives and `labels_of_keys`."""
-    if MODALITIES > PACKED_MODALITIES:
-        m_score = tl.load(allow + b_query + b_key) != 0
-    else:
-        m_score = (b_query & b_key) != 0
-    return m_score
+def labels_of_keys(b_start, b_end, i_first, BLOCK_MODALITIES: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,): the bit of each key's modality."""
+    return of_tokens(1 << tl.arange(0, BLOCK_MODALITIES), b_start, b_end, i_first, BLOCK)
 
 
 @triton.jit

@@ -19,7 +19,6 @@ from m4kernels.ops.cross_modal_attention.triton_blocks import (
     LOG2_E,
     allowed_by,
     at,
-    attends,
     dot,
     exp,
     keys_of,
@@ -87,7 +86,7 @@ def forward_kernel(
         b_start, b_end = spans(q_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
         b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
         b_allowed = allowed_by(allow, MODALITIES, BLOCK_MODALITIES)
-        some, lacking = queries_of(b_start, b_end, b_allowed, i_query, MODALITIES, BLOCK_Q)
+        some, lacking = queries_of(b_start, b_end, b_allowed, i_query, BLOCK_Q)
         b_query = of_tokens(b_allowed, b_start, b_end, i_query, BLOCK_Q)
 
     IN_LOG2: tl.constexpr = q.dtype.element_ty != tl.float32
@@ -98,7 +97,7 @@ def forward_kernel(
     for i_key in range(0, keys, BLOCK_K):
         wanted = True
         if allow is not None:
-            held = keys_of(b_key_start, b_key_end, i_key, MODALITIES, BLOCK_MODALITIES, BLOCK_K)
+            held = keys_of(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
             wanted = (some & held) != 0
         if wanted:
             i_token, i_kv_head = i_key_start + i_key, i_head // GROUP
@@ -111,8 +110,8 @@ def forward_kernel(
             b_score = tl.where((i_key + tl.arange(0, BLOCK_K) < keys)[None, :], b_score, float("-inf"))
             if allow is not None:  # noqa: SIM102 (known when it is compiled, the next one is not)
                 if (lacking & held) != 0:
-                    b_key = labels_of_keys(b_key_start, b_key_end, i_key, MODALITIES, BLOCK_MODALITIES, BLOCK_K)
-                    m_score = attends(allow, b_query[:, None], b_key[None, :], MODALITIES)
+                    b_key = labels_of_keys(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
+                    m_score = (b_query[:, None] & b_key[None, :]) != 0
                     b_score = tl.where(m_score, b_score, float("-inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
             b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # no -inf - -inf in a row without keys
@@ -154,16 +153,16 @@ def grad_q_kernel(
     samples,
     heads,
     tiles,
-    stride_g,
-    stride_g_head,
+    stride_grad_out,
+    stride_grad_out_head,
     stride_q,
     stride_q_head,
     stride_k,
     stride_k_head,
     stride_v,
     stride_v_head,
-    stride_o,
-    stride_o_head,
+    stride_out,
+    stride_out_head,
     GROUP: tl.constexpr,
     MODALITIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -184,10 +183,10 @@ def grad_q_kernel(
     keys = tl.load(k_cu_seqlens + i_sample + 1) - i_key_start
     i_row = i_start + i_query
     p_q = at(q, i_row, i_head, stride_q, stride_q_head)
-    p_g = at(grad_out, i_row, i_head, stride_g, stride_g_head)
+    p_g = at(grad_out, i_row, i_head, stride_grad_out, stride_grad_out_head)
     b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
-    b_g = load(p_g, stride_g, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
-    b_o = load(at(out, i_row, i_head, stride_o, stride_o_head), stride_o, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
+    b_g = load(p_g, stride_grad_out, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
+    b_o = load(at(out, i_row, i_head, stride_out, stride_out_head), stride_out, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
     o_row = tl.arange(0, BLOCK_Q)
     o_lse = i_head.to(tl.int64) * total + i_row + o_row
     b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
@@ -199,14 +198,14 @@ def grad_q_kernel(
         b_start, b_end = spans(q_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
         b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
         b_allowed = allowed_by(allow, MODALITIES, BLOCK_MODALITIES)
-        some, lacking = queries_of(b_start, b_end, b_allowed, i_query, MODALITIES, BLOCK_Q)
+        some, lacking = queries_of(b_start, b_end, b_allowed, i_query, BLOCK_Q)
         b_query = of_tokens(b_allowed, b_start, b_end, i_query, BLOCK_Q)
 
     b_grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for i_key in range(0, keys, BLOCK_K):
         wanted = True
         if allow is not None:
-            held = keys_of(b_key_start, b_key_end, i_key, MODALITIES, BLOCK_MODALITIES, BLOCK_K)
+            held = keys_of(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
             wanted = (some & held) != 0
         if wanted:
             i_token, i_kv_head = i_key_start + i_key, i_head // GROUP
@@ -216,13 +215,13 @@ def grad_q_kernel(
             b_v = load(p_v, stride_v, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
             if q.dtype.element_ty == tl.float32:
                 b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
-                b_g = load(p_g, stride_g, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
+                b_g = load(p_g, stride_grad_out, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
             b_weight = exp(dot(b_q, tl.trans(b_k)) * factor - b_lse[:, None], IN_LOG2)
             b_weight = tl.where((i_key + tl.arange(0, BLOCK_K) < keys)[None, :], b_weight, 0.0)
             if allow is not None:  # noqa: SIM102 (known when it is compiled, the next one is not)
                 if (lacking & held) != 0:
-                    b_key = labels_of_keys(b_key_start, b_key_end, i_key, MODALITIES, BLOCK_MODALITIES, BLOCK_K)
-                    m_score = attends(allow, b_query[:, None], b_key[None, :], MODALITIES)
+                    b_key = labels_of_keys(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
+                    m_score = (b_query[:, None] & b_key[None, :]) != 0
                     b_weight = tl.where(m_score, b_weight, 0.0)
             b_grad_score = b_weight * (dot(b_g, tl.trans(b_v)) - b_delta[:, None])
             b_grad_q += dot(b_grad_score.to(b_k.dtype), b_k)
@@ -252,8 +251,8 @@ def grad_kv_kernel(
     samples,
     heads,
     tiles,
-    stride_g,
-    stride_g_head,
+    stride_grad_out,
+    stride_grad_out_head,
     stride_q,
     stride_q_head,
     stride_k,
@@ -288,8 +287,8 @@ def grad_kv_kernel(
         b_start, b_end = spans(q_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
         b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
         b_allowed = allowed_by(allow, MODALITIES, BLOCK_MODALITIES)
-        held = keys_of(b_key_start, b_key_end, i_key, MODALITIES, BLOCK_MODALITIES, BLOCK_K)
-        b_key = labels_of_keys(b_key_start, b_key_end, i_key, MODALITIES, BLOCK_MODALITIES, BLOCK_K)
+        held = keys_of(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
+        b_key = labels_of_keys(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
 
     IN_LOG2: tl.constexpr = q.dtype.element_ty != tl.float32
     factor = scale * LOG2_E if IN_LOG2 else scale
@@ -301,14 +300,14 @@ def grad_kv_kernel(
         for i_query in range(0, queries, BLOCK_Q):
             wanted = True
             if allow is not None:
-                some, lacking = queries_of(b_start, b_end, b_allowed, i_query, MODALITIES, BLOCK_Q)
+                some, lacking = queries_of(b_start, b_end, b_allowed, i_query, BLOCK_Q)
                 wanted = (some & held) != 0
             if wanted:
                 i_token = i_query_start + i_query
                 p_q = at(q, i_token, i_q_head, stride_q, stride_q_head)
-                p_g = at(grad_out, i_token, i_q_head, stride_g, stride_g_head)
+                p_g = at(grad_out, i_token, i_q_head, stride_grad_out, stride_grad_out_head)
                 b_q = load(p_q, stride_q, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
-                b_g = load(p_g, stride_g, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
+                b_g = load(p_g, stride_grad_out, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
                 o_lse = i_q_head.to(tl.int64) * q_total + i_token + o_query
                 m_query = o_query < queries - i_query
                 b_lse = load_lse(lse + o_lse, m_query, IN_LOG2)
@@ -317,7 +316,7 @@ def grad_kv_kernel(
                 if allow is not None:  # noqa: SIM102 (known when it is compiled, the next one is not)
                     if (lacking & held) != 0:
                         b_query = of_tokens(b_allowed, b_start, b_end, i_query, BLOCK_Q)
-                        m_score = attends(allow, b_query[None, :], b_key[:, None], MODALITIES)
+                        m_score = (b_query[None, :] & b_key[:, None]) != 0
                         b_weight = tl.where(m_score, b_weight, 0.0)
                 b_grad_v += dot(b_weight.to(b_g.dtype), b_g)
                 b_grad_score = b_weight * (dot(b_v, tl.trans(b_g)) - b_delta[None, :])

@@ -1,15 +1,18 @@
 """Public function linear_cross_entropy, and its registration with torch.library: schema, fake, autograd."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from m4kernels._library import Op
+from m4kernels import _checks
+from m4kernels._library import Op, in_transform, is_batched, is_transformed
 from m4kernels.dispatch import Dispatcher, unavailable
-from m4kernels.ops.linear_cross_entropy.arguments import OP, LossArguments
+from m4kernels.ops.linear_cross_entropy.arguments import OP, LossArguments, LossBackend
 
-dispatcher = Dispatcher(OP, ("triton", "cpp", "reference"))
+MAX_WORKSPACE = 2**60  # more is no bound, and numbers of bytes are added up in 64 bits
+
+dispatcher: Dispatcher[LossBackend] = Dispatcher(OP, ("triton", "cpp", "reference"), LossBackend)
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -39,7 +42,7 @@ def linear_cross_entropy(
 
     Tokens are handled in chunks, and the gradients are computed in the forward pass while a chunk's logits exist, if x
     or weight requires one; the backward pass only multiplies them by the gradient of the loss. So they occupy memory
-    from the forward pass on, and second derivatives raise a RuntimeError.
+    from the forward pass on, and second derivatives raise a NotImplementedError.
 
     Products are accumulated, and loss, nll and gradients are held, in float32 (float64 for float64 inputs); each
     gradient is rounded once, to the dtype of its input. The triton backend rounds the logits, and the gradients with
@@ -61,7 +64,8 @@ def linear_cross_entropy(
         max_workspace_bytes: bound on the extra memory, gradients (and the library's own workspace on a GPU) aside.
             On a GPU what does not hold 512 tokens' logits (64 in float32) costs a fourth matrix product beside three.
         backend: "triton" (on a GPU; float32, bfloat16, float16; after a first call, which compiles it, a CUDA graph can
-            capture it), "cpp" (on a CPU) or "reference"; default the fastest that can run.
+            capture it), "cpp" (on a CPU), "reference" or "auto", the fastest that can run; default what the variable
+            M4KERNELS_BACKEND names, else auto.
 
     Returns:
         loss () in float32 (float64 for float64 inputs), differentiable in x and weight; nll (T,) in the same dtype and
@@ -74,11 +78,16 @@ def linear_cross_entropy(
             are checked by a device assertion, which costs no synchronisation.
     """
     gradients = torch.is_grad_enabled()
-    if gradients and token_weight is not None and token_weight.requires_grad:
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        _checks.tensor(f"{OP}: x", x)
+        _checks.tensor(f"{OP}: weight", weight)
+    if gradients and isinstance(token_weight, Tensor) and token_weight.requires_grad:
         raise ValueError(f"{OP}: token_weight requires grad, but the loss is not differentiable in it; detach it")
-    compute_dtype = None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        compute_dtype = torch.get_autocast_dtype(x.device.type)
+    transformed = in_transform()  # of whose gradients the outermost form of a tensor may know nothing
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        ignore_index = _as_int64(ignore_index)
+    if type(max_workspace_bytes) is not int:
+        max_workspace_bytes = _checks.integer(f"{OP}: max_workspace_bytes", max_workspace_bytes)
     loss, nll, correct, _, _ = _op(
         x,
         weight,
@@ -86,21 +95,35 @@ def linear_cross_entropy(
         token_weight,
         vocab_limit,
         ignore_index,
-        max_workspace_bytes,
-        compute_dtype,
-        gradients and x.requires_grad,
-        gradients and weight.requires_grad,
+        max(-MAX_WORKSPACE, min(max_workspace_bytes, MAX_WORKSPACE)),
+        _autocast_dtype(x),
+        gradients and (x.requires_grad or transformed),
+        gradients and (weight.requires_grad or transformed),
         backend or "",
     )
     return LinearCrossEntropyOutput(loss, nll, correct)
 
 
-def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *arguments, backend = rest
-    call = LossArguments(x, *arguments)
-    call.check_structure()
-    module = dispatcher.select(backend, x, call)
+def _as_int64(ignore_index: Any) -> int:
+    value = _checks.integer(f"{OP}: ignore_index", ignore_index)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{OP}: ignore_index must be an int64, as targets are, got {value}")
+    return value
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds x to, if it is at work; float64 stays, and meta tensors have no autocast."""
     device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    call = LossArguments(*args[:-1])
+    call.check_structure()
+    module = dispatcher.select(args[-1], call)
+    device = call.device.type
     if not torch.is_autocast_enabled(device):
         return module.linear_cross_entropy(call)
     # The products are in the dtype that the call asks for: autocast must not touch those inside.
@@ -108,10 +131,10 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         return module.linear_cross_entropy(call)
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    call = LossArguments(x, *rest[:-1])
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    call = LossArguments(*args[:-1])
     call.check_structure()
-    dtype = call.result_dtype
+    x, dtype = call.x, call.result_dtype
     return (
         x.new_empty((), dtype=dtype),
         x.new_empty(x.shape[:1], dtype=dtype),
@@ -132,35 +155,72 @@ def _scaled(saved: Tensor, factor: Tensor, is_one: bool, backend: str) -> Tensor
         return saved
     in_triton = saved.is_cuda and saved.dtype == torch.float32 and backend in ("", "triton")
     if in_triton and unavailable("triton", "cuda") is None:
-        return dispatcher.module("triton").scale_(saved, factor)
+        return cast(Any, dispatcher.module("triton")).scale_(saved, factor)
     return saved.mul_(factor)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, *_, x_grad, weight_grad, ctx.backend = inputs
-    _, nll, correct, dx, dweight = output
+    loss, nll, correct, dx, dweight = output
     ctx.mark_non_differentiable(nll, correct, dx, dweight)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dx if x_grad else None, dweight if weight_grad else None)
+    saved = (dx if x_grad else None, dweight if weight_grad else None)
+    # Only there may the gradient be differentiated in turn; `_product` says what the loss is for.
+    ctx.save_for_backward(*((*saved, loss) if is_transformed(ctx) else saved))
     ctx.dtypes = (x.dtype, weight.dtype)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: the saved gradients would pass for constants
-        raise RuntimeError(f"{OP}: second derivatives are not implemented (backward was called with create_graph=True)")
+    if grad_loss is None:
+        return (None,) * 11
+    dx, dweight, *rest = ctx.saved_tensors
+    transformed = is_transformed(ctx)
+    shared = transformed or is_batched(grad_loss)  # what such a gradient goes on with must stay as it is
+    if torch.is_grad_enabled() and not transformed:  # create_graph=True: saved gradients would pass for constants
+        raise NotImplementedError(f"{_NO_SECOND} (backward was called with create_graph=True)")
     gradients: list[Tensor | None] = []
-    is_one = type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1.0
-    for name, needed, saved, dtype in zip(
-        ("x", "weight"), ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.dtypes, strict=True
+    is_one = not shared and type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1.0
+    needs = ctx.needs_input_grad
+    for name, needed, stored, dtype in (
+        ("x", needs[0], dx, ctx.dtypes[0]),
+        ("weight", needs[1], dweight, ctx.dtypes[1]),
     ):
-        if not needed or grad_loss is None:
+        if not needed:
             gradients.append(None)
-        elif saved is None:
+        elif stored is None:
             raise RuntimeError(f"{OP}: {name} requires grad, but the op was called with {name}_grad=False")
         else:
-            gradient = _scaled(saved, grad_loss, is_one, ctx.backend)
+            if transformed:
+                gradient = _product_op(stored, grad_loss, *rest)
+            else:
+                gradient = stored * grad_loss if shared else _scaled(stored, grad_loss, is_one, ctx.backend)
             gradients.append(gradient if dtype == gradient.dtype else gradient.to(dtype))
     return (*gradients, *[None] * 9)
+
+
+_NO_SECOND = (
+    f"{OP}: second derivatives are not implemented; "
+    "write the loss as torch.nn.functional.cross_entropy(x @ weight.T, targets)"
+)
+
+
+def _product(saved: Tensor, grad_loss: Tensor, _loss: Tensor) -> Tensor:
+    return saved * grad_loss
+
+
+def _product_fake(saved: Tensor, grad_loss: Tensor, _loss: Tensor) -> Tensor:
+    return saved.new_empty(saved.shape)
+
+
+def _product_setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.needs_input_grad[2]:
+        raise NotImplementedError(_NO_SECOND)
+    (saved,) = ctx.saved_tensors
+    return None, (grad * saved).sum() if ctx.needs_input_grad[1] else None, None
 
 
 _op = Op(
@@ -171,4 +231,13 @@ _op = Op(
     _fake,
     _backward,
     _setup_context,
+)
+# d loss / d x or d weight times the gradient of the loss. It takes the loss for the sake of a second derivative, which
+# would have to flow through that.
+_product_op = Op(
+    f"{OP}_gradient(Tensor saved, Tensor grad_loss, Tensor loss) -> Tensor",
+    _product,
+    _product_fake,
+    _product_backward,
+    _product_setup_context,
 )

@@ -1,18 +1,19 @@
 """The arguments of one linear_cross_entropy call, checked; what every backend receives."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from m4kernels._dtypes import compute_dtype
+from m4kernels.backend import Backend
 
 OP = "linear_cross_entropy"
+OPERAND_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass(slots=True)
-class LossArguments:
+class LossArguments(NamedTuple):
     """One call of the op; shapes as in `api.linear_cross_entropy`.
 
     Args:
@@ -30,6 +31,10 @@ class LossArguments:
     compute_dtype: torch.dtype | None
     x_grad: bool
     weight_grad: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
 
     @property
     def operand_dtype(self) -> torch.dtype:
@@ -55,8 +60,9 @@ class LossArguments:
             raise ValueError(f"{OP}: weight must have at least one class, got {tuple(weight.shape)}")
         if self.compute_dtype is None and x.dtype != weight.dtype:
             raise ValueError(f"{OP}: x is {x.dtype}, weight {weight.dtype}; expected the same dtype")
-        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
-            raise ValueError(f"{OP}: compute_dtype must be floating, got {self.compute_dtype}")
+        if self.operand_dtype not in OPERAND_DTYPES:
+            name = "x" if self.compute_dtype is None else "compute_dtype"
+            raise ValueError(f"{OP}: {name} must be float32, float64, bfloat16 or float16, got {self.operand_dtype}")
         tokens = (x.shape[0],)
         for name, vector in (
             ("targets", self.targets),
@@ -153,6 +159,14 @@ class LossArguments:
         """Whether the matrix product reads the weight without a copy."""
         weight, dtype = self.weight, self.result_dtype
         return reads_as_it_lies(weight) and weight.dtype == dtype and self.operand_dtype == dtype
+
+
+class LossBackend(Backend, Protocol):
+    """What a backend of this op has."""
+
+    def linear_cross_entropy(self, call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(loss (), nll (T,), correct bool (T,), d loss / d x (T, D), d loss / d weight (V, D)); the floating ones in
+        `call.result_dtype`, a gradient that is not wanted has shape (0,)"""
 
 
 def reads_as_it_lies(matrix: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m4kernels import _ext
-from m4kernels.dispatch import runs_always
+from m4kernels.backend import runs_always
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 
 # Rows of a chunk: from 512 on the matrix products run at full speed, and fresh memory for more logits costs time (two
@@ -32,8 +32,9 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     (tokens, dim), classes = call.x.shape, call.weight.shape[0]
     targets = call.targets.contiguous()
     table = torch.empty(3 * tokens, dtype=torch.int64)  # of the valid tokens: index, limit, factor in the loss
-    addresses = tuple(table.data_ptr() + 8 * i * tokens for i in range(3))
-    count = _order(call, targets, addresses)
+    # Their addresses by the names that the extension gives them.
+    tokens_at = {name: table.data_ptr() + 8 * i * tokens for i, name in enumerate(("order", "limit", "scale"))}
+    count = _order(call, targets, tokens_at)
     order = table[:count] if count < tokens or call.vocab_limit is not None else None
     everything = order is None or (count == tokens and bool((order.diff() == 1).all()))
 
@@ -48,9 +49,16 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     per_row_aside = dim * itemsize * (4 * convert_x + 2 * (call.x_grad and not everything))
     room, block = call.divide_workspace(tokens * (32 + 2 * itemsize), classes * itemsize + per_row_aside)
     max_rows = max(MAX_ROWS, FEW_LOGITS // classes)
-    chunks = extension.lce_plan(addresses[1], count, room, itemsize, per_row_aside, max_rows)
+    chunks = extension.lce_plan(
+        limit=tokens_at["limit"],
+        count=count,
+        bytes=room,
+        per_logit=itemsize,
+        per_row=per_row_aside,
+        max_rows=max_rows,
+    )
     workspace = torch.empty(max((rows * width for _, rows, width in chunks), default=0), dtype=dtype)
-    pointers = (*addresses, targets.data_ptr(), nll.data_ptr(), correct.data_ptr())
+    pointers = tokens_at | {"targets": targets.data_ptr(), "nll": nll.data_ptr(), "correct": correct.data_ptr()}
     run_pass = extension.lce_pass_f64 if double else extension.lce_pass_f32
     gradient, threads = call.x_grad or call.weight_grad, torch.get_num_threads()
     written = 0  # classes of dweight that hold a value
@@ -65,7 +73,15 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
         logits = torch.as_strided(workspace, (rows, width), (width, 1))
         for part, weight in call.weight_blocks(block, width):
             torch.mm(x, weight.T, out=_columns(logits, part))
-        run_pass(logits.data_ptr(), *pointers, first, rows, width, gradient, threads)
+        run_pass(
+            **pointers,
+            logits=logits.data_ptr(),
+            first=first,
+            rows=rows,
+            width=width,
+            gradient=gradient,
+            threads=threads,
+        )
         if not gradient:
             continue
         if everything:
@@ -85,26 +101,26 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
         dweight[written:].zero_()
     loss = torch.empty((), dtype=dtype)
     (extension.lce_loss_f64 if double else extension.lce_loss_f32)(
-        *addresses[::2], nll.data_ptr(), count, loss.data_ptr()
+        order=tokens_at["order"], scale=tokens_at["scale"], nll=nll.data_ptr(), count=count, out=loss.data_ptr()
     )
     return loss, nll, correct, dx, dweight
 
 
-def _order(call: LossArguments, targets: Tensor, addresses: tuple[int, ...]) -> int:
+def _order(call: LossArguments, targets: Tensor, tokens_at: dict[str, int]) -> int:
     """Fill in the valid tokens, widest vocabulary first: index, limit and factor in the loss. Returns their number."""
     extension, double = _ext.require(), call.result_dtype == torch.float64
     limit, scale = call.vocab_limit, call.token_weight
     limit = None if limit is None else limit.contiguous()
     scale = None if scale is None else scale.to(call.result_dtype).contiguous()
     count = (extension.lce_order_f64 if double else extension.lce_order_f32)(
-        targets.data_ptr(),
-        0 if limit is None else limit.data_ptr(),
-        0 if limit is None else limit.itemsize,
-        0 if scale is None else scale.data_ptr(),
-        targets.shape[0],
-        call.weight.shape[0],
-        call.ignore_index,
-        *addresses,
+        targets=targets.data_ptr(),
+        vocab_limit=0 if limit is None else limit.data_ptr(),
+        limit_bytes=0 if limit is None else limit.itemsize,
+        token_weight=0 if scale is None else scale.data_ptr(),
+        tokens=targets.shape[0],
+        classes=call.weight.shape[0],
+        ignore_index=call.ignore_index,
+        **tokens_at,
     )
     if count < 0:
         raise call.value_error(-1 - count)

@@ -4,7 +4,7 @@ backend. The gradients are computed beside the loss, while a chunk's logits exis
 import torch
 from torch import Tensor
 
-from m4kernels.dispatch import runs_always
+from m4kernels.backend import runs_always
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 
 can_run = runs_always

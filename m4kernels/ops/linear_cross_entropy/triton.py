@@ -14,18 +14,14 @@ but how many there are is known to the device only); the kernels do not read the
 are independent, so tokens are neither sorted nor gathered, and d weight always adds up in the order of the tokens.
 """
 
-from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from m4kernels._triton import launch_on
+from m4kernels._triton import bfloat16_unfit, launch_on
 from m4kernels.ops.linear_cross_entropy import triton_kernels as kernels
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments, reads_as_it_lies
-
-if TYPE_CHECKING:
-    from m4kernels.aot import AotCase
 
 # Launches by width of a row: (block, warps). 8 elements a thread, so that a 16-bit row is read 16 bytes a thread and
 # iteration; with 16 elements the compiler takes up to 100 registers or spills. At no more than 64 registers, which the
@@ -50,16 +46,16 @@ TOO_OLD = (
 )
 
 
-def can_run(x: Tensor, call: LossArguments) -> str | None:
+def can_run(call: LossArguments) -> str | None:
     """float32, bfloat16 and float16 operands, where the GPU has them."""
     dtype = call.operand_dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, got {dtype}"
-    if x.device.type != "cuda" or dtype == torch.float32:
+    if call.device.type != "cuda" or dtype == torch.float32:
         return None
-    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(x.device)
-        return f"bfloat16 needs a GPU of compute capability 8.0 or more, this one has {major}.{minor}"
+    unfit = bfloat16_unfit(call.device) if dtype == torch.bfloat16 else None
+    if unfit is not None:
+        return unfit
     version = torch.__version__.split("+")[0]
     return TOO_OLD.format(version=version) if tuple(map(int, version.split(".")[:2])) < (2, 10) else None
 
@@ -139,12 +135,14 @@ def _run(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     scale, term = x.new_empty((2, tokens), dtype=torch.float32)
     boost = x.new_empty(2, dtype=torch.float32)
     _prepare(call, target, limit, scale, boost)
+    tokens_at = {"target": target, "limit": limit, "scale": scale}
+    results = {"nll": nll, "term": term, "correct": correct}
     whole = size.columns >= classes
     parts = [slice(v, min(v + size.columns, classes)) for v in range(0, classes, size.columns)]
     weight = _Weight(call, size.columns)
     operands = x.new_empty((size.rows, dim), dtype=call.operand_dtype)
     workspace = x.new_empty((size.rows, size.pitch), dtype=call.operand_dtype)
-    state = None if whole else x.new_empty((3, size.rows), dtype=torch.float32)
+    states = {"state": None if whole else x.new_empty((3, size.rows), dtype=torch.float32), "rows": size.rows}
     best = None if whole else x.new_empty(size.rows, dtype=torch.int32)
     launch = launch_of(size.columns)
     for first in range(0, tokens, size.rows):
@@ -154,16 +152,13 @@ def _run(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         for part in parts:
             logits = workspace[:rows, : part.stop - part.start]
             multiply(x_rows, weight.rows(part).T, logits)
+            common = {"logits": logits, "first": first, "pitch": size.pitch} | tokens_at | results | launch
             if whole:
                 kernels.whole_rows_kernel[(rows,)](
-                    logits, target, limit, scale, boost, nll, term, correct, first, classes, size.pitch,
-                    GRADIENT=gradient, **launch, **WHOLE_ROWS,
-                )  # fmt: skip
+                    **common, boost=boost, width=classes, GRADIENT=gradient, **WHOLE_ROWS
+                )
             else:
-                kernels.sweep_kernel[(rows,)](
-                    logits, target, limit, scale, state, best, nll, term, correct, first, size.rows, part.start,
-                    logits.shape[1], classes, size.pitch, **launch,
-                )  # fmt: skip
+                kernels.sweep_kernel[(rows,)](**common, **states, **_classes(part), best=best, classes=classes)
         if not gradient:
             continue
         for part in reversed(parts):  # the last part's logits are still there
@@ -171,19 +166,23 @@ def _run(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             if again:
                 multiply(x_rows, weight.rows(part).T, logits)
             if not whole:
-                kernels.gradient_kernel[(rows,)](
-                    logits, target, limit, scale, boost, state, first, size.rows, part.start, logits.shape[1],
-                    size.pitch, **launch,
-                )  # fmt: skip
+                common = {"logits": logits, "first": first, "pitch": size.pitch} | tokens_at | launch
+                kernels.gradient_kernel[(rows,)](**common, **states, **_classes(part), boost=boost)
             if call.x_grad:
                 multiply(logits, weight.rows(part), dx[block], add=again)
             if call.weight_grad:
                 multiply(logits.T, x_rows, dweight[part], add=first > 0)
     if call.x_grad:
-        kernels.finish_rows_kernel[(tokens,)](dx, target, boost, dim, BOOST=boosted, **vector_launch(dim))
+        kernels.finish_rows_kernel[(tokens,)](
+            dx=dx, target=target, boost=boost, dim=dim, BOOST=boosted, **vector_launch(dim)
+        )
     if call.weight_grad and boosted:
         dweight.mul_(boost[1])
     return term.sum(), nll, correct, dx, dweight
+
+
+def _classes(part: slice) -> dict[str, int]:
+    return {"i_class": part.start, "width": part.stop - part.start}
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -225,19 +224,19 @@ def _prepare(call: LossArguments, target: Tensor, limit: Tensor, scale: Tensor, 
     block, warps = VECTOR
     limits, weights = call.vocab_limit, call.token_weight
     kernels.prepare_kernel[(1,)](
-        call.targets,
-        limits,
-        weights,
-        target,
-        limit,
-        scale,
-        boost,
-        len(target),
-        call.weight.shape[0],
-        call.ignore_index,
-        call.targets.stride(0),
-        0 if limits is None else limits.stride(0),
-        0 if weights is None else weights.stride(0),
+        targets=call.targets,
+        limits=limits,
+        weights=weights,
+        target=target,
+        limit=limit,
+        scale=scale,
+        boost=boost,
+        tokens=len(target),
+        classes=call.weight.shape[0],
+        ignore_index=call.ignore_index,
+        stride_targets=call.targets.stride(0),
+        stride_limits=0 if limits is None else limits.stride(0),
+        stride_weights=0 if weights is None else weights.stride(0),
         BOOST=call.operand_dtype == torch.float16,
         BLOCK=block,
         num_warps=warps,
@@ -246,7 +245,17 @@ def _prepare(call: LossArguments, target: Tensor, limit: Tensor, scale: Tensor, 
 
 def _gather(x: Tensor, target: Tensor, out: Tensor, first: int) -> None:
     rows, dim = out.shape
-    kernels.gather_kernel[(rows,)](x, target, out, first, dim, *x.stride(), **vector_launch(dim))
+    stride_x, stride_x_dim = x.stride()
+    kernels.gather_kernel[(rows,)](
+        x=x,
+        target=target,
+        out=out,
+        first=first,
+        dim=dim,
+        stride_x=stride_x,
+        stride_x_dim=stride_x_dim,
+        **vector_launch(dim),
+    )
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
@@ -255,7 +264,7 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     block, warps = SCALE
     with launch_on(values):
         grid = (-(-values.numel() // block),)
-        kernels.scale_kernel[grid](values, factor, values.numel(), BLOCK=block, num_warps=warps)
+        kernels.scale_kernel[grid](values=values, factor=factor, count=values.numel(), BLOCK=block, num_warps=warps)
     return values
 
 
@@ -268,44 +277,3 @@ def launch_of(width: int) -> dict[str, int]:
 def vector_launch(dim: int) -> dict[str, int]:
     """Launch options of the kernels over rows of x."""
     return {"BLOCK": VECTOR[0], "num_warps": VECTOR[1]} if dim > 256 else {"BLOCK": 256, "num_warps": 1}
-
-
-def aot_cases() -> "list[AotCase]":
-    """Every launch, for the compile gates of `m4kernels.aot`; arguments are aligned as torch's and M4's are."""
-    from m4kernels.aot import AotCase
-
-    aligned = dict.fromkeys(("dim", "row_step", "width", "classes", "pitch", "rows", "offset", "first"), "i32:16")
-    plain = dict.fromkeys(("tokens", "count", "ignore_index", "targets_step", "limits_step", "weights_step"), "i32")
-    integers = dict.fromkeys(("target_p", "limit_p", "best_p", "limits_p"), "*i32:16")
-    floats = ("scale_p", "boost_p", "state_p", "nll_p", "term_p", "weights_p", "dx_p", "values_p", "factor_p")
-    others = {"targets_p": "*i64:16", "correct_p": "*i1:16"} | dict.fromkeys(floats, "*fp32:16")
-    cases = []
-
-    def add(name: str, kernel: Any, launch: dict[str, int], types: dict[str, str], **constexprs: object) -> None:
-        values = {"BLOCK": launch["BLOCK"]} | constexprs
-        known = aligned | plain | integers | others | types
-        signature = {argument: known[argument] for argument in kernel.arg_names if argument not in values}
-        options = WHOLE_ROWS if kernel is kernels.whole_rows_kernel else {}
-        warps = launch["num_warps"]
-        cases.append(AotCase(name, kernel, signature, values, warps, options=options, max_registers=MAX_REGISTERS))
-
-    for dtype, (block, _) in product(("fp32", "bf16", "fp16"), LAUNCHES):
-        name, launch, types = f"{dtype} block {block}", launch_of(block), {"logits_p": f"*{dtype}:16"}
-        add(f"whole rows {name}", kernels.whole_rows_kernel, launch, types, GRADIENT=True)
-        add(f"sweep {name}", kernels.sweep_kernel, launch, types)
-        add(f"gradient {name}", kernels.gradient_kernel, launch, types)
-    odd, widest = {"logits_p": "*bf16:16", "width": "i32", "classes": "i32", "first": "i32"}, launch_of(LAUNCHES[-1][0])
-    add("whole rows bf16, odd", kernels.whole_rows_kernel, widest, odd, GRADIENT=True)
-    add("sweep bf16, odd", kernels.sweep_kernel, widest, odd)
-    add("gradient bf16, odd", kernels.gradient_kernel, widest, odd)
-    wide = vector_launch(VECTOR[0])
-    for given, taken in (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16")):
-        types = {"x_p": f"*{given}:16", "out_p": f"*{taken}:16"}
-        add(f"gather {given} to {taken}", kernels.gather_kernel, wide, types, column_step=1)
-    for boost in (False, True):
-        add(f"prepare boost {boost}", kernels.prepare_kernel, wide, {}, BOOST=boost)
-        plain_mean = {"BOOST": boost, "limits_p": None, "weights_p": None}
-        add(f"prepare mean boost {boost}", kernels.prepare_kernel, wide, {}, **plain_mean)
-        add(f"finish rows boost {boost}", kernels.finish_rows_kernel, wide, {}, BOOST=boost)
-    add("scale", kernels.scale_kernel, {"BLOCK": SCALE[0], "num_warps": SCALE[1]}, {})
-    return cases

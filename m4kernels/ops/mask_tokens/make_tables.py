@@ -1,4 +1,4 @@
-"""Makes the integer tables of mask_tokens; `python -m m4kernels.ops.mask_tokens.make_tables` rewrites tables.npz.
+"""Makes the integer tables of mask_tokens, which tables.py keeps.
 
 Every entry is the true value rounded to the nearest integer, and the margin to a tie is checked, so the tables do not
 depend on the machine, the C library or the version of mpmath: a table made on demand is the table that would have been
@@ -114,17 +114,3 @@ def make_exp2_table() -> np.ndarray:
     mp.prec = _PRECISION
     knots = [_round(mp.power(2, EXP2_BITS - mp.mpf(k) / (EXP2_KNOTS - 1))) for k in range(EXP2_KNOTS)]
     return np.array(knots, dtype=np.int32)
-
-
-def main() -> None:
-    """Rewrite the committed tables and print the digest for tables.py."""
-    from m4kernels.ops.mask_tokens import tables
-
-    alphas = np.array(tables.COMMITTED_ALPHAS, dtype=np.float64)
-    gamma = np.stack([make_gamma_table(float(alpha)) for alpha in alphas])
-    tables.write(alphas, gamma, make_exp2_table())
-    print(f'DIGEST = "{tables.digest(alphas, gamma, make_exp2_table())}"')
-
-
-if __name__ == "__main__":
-    main()

@@ -29,21 +29,31 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A MaskingSpec with its tables on a device.
+    """A MaskingSpec for one device; its tables are made when first asked for.
 
     Args:
         spec: the spec.
+        alphas: the positive alphas, each once, ascending.
         inputs: draw of the inputs.
         targets: draw of the targets.
-        gamma: int32 (number of different alphas, 2, KNOTS).
-        exp2: int32 (EXP2_KNOTS,).
+        device: of the tables.
     """
 
     spec: MaskingSpec
+    alphas: tuple[float, ...]
     inputs: Side
     targets: Side
-    gamma: Tensor
-    exp2: Tensor
+    device: torch.device
+
+    @functools.cached_property
+    def gamma(self) -> Tensor:
+        """int32 (len(alphas), 2, KNOTS)"""
+        return gamma_tables(self.alphas, self.device)
+
+    @functools.cached_property
+    def exp2(self) -> Tensor:
+        """int32 (EXP2_KNOTS,)"""
+        return exp2_table(self.device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,10 +74,5 @@ def make_plan(
     def side(of: tuple[float, ...], ends: tuple[int, int]) -> Side:
         return Side(tuple(alphas.index(alpha) if alpha > 0 else NEVER for alpha in of), *ends)
 
-    return Plan(
-        spec,
-        side(spec.input_alphas, spec.input_tokens_range),
-        side(spec.target_alphas, spec.target_tokens_range),
-        gamma_tables(alphas, device),
-        exp2_table(device),
-    )
+    inputs = side(spec.input_alphas, spec.input_tokens_range)
+    return Plan(spec, alphas, inputs, side(spec.target_alphas, spec.target_tokens_range), device)

@@ -25,26 +25,18 @@ the largest Gamma draw of word(LEFTOVERS, m, i), the lowest m on a tie.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from m4kernels.dispatch import runs_always
+from m4kernels.backend import runs_always
+from m4kernels.ops.mask_tokens.arguments import Draw, MaskArguments
 from m4kernels.ops.mask_tokens.plan import NEVER, Plan, Side
 from m4kernels.segments import IGNORE_INDEX
 
 SIZES, INPUT_DIRICHLET, INPUT_LEFTOVERS, TARGET_DIRICHLET, TARGET_LEFTOVERS, POSITIONS = range(6)
 INPUT, TARGET = 1, 2
 LOW32 = 2**32 - 1
-
-
-class Draw(NamedTuple):
-    """What a mask is a function of: seed and epoch, and sample_ids int64 (B,)."""
-
-    seed: int
-    epoch: int
-    sample_ids: Tensor
 
 
 can_run = runs_always
@@ -148,15 +140,9 @@ def select(keys: Tensor, available: Tensor, inputs: Tensor, targets: Tensor) -> 
     return (rank < inputs) * INPUT + ((rank >= inputs) & (rank < inputs + targets)) * TARGET
 
 
-def mask_tokens(
-    tokens: Tensor,
-    draw: Draw,
-    lengths: Tensor | None,
-    plan: Plan,
-    capacity: tuple[int, int] | None,
-) -> tuple[Tensor, ...]:
-    """tokens (B, L), lengths (B, M) → for inputs, then targets: ids, positions, modalities int64 (T,), cu_seqlens int32
-    (B + 1,), counts int32 (B, M)."""
+def mask_tokens(call: MaskArguments) -> tuple[Tensor, ...]:
+    """Of inputs, then targets: ids, positions, modalities int64 (T,), cu_seqlens int32 (B + 1,), counts int32 (B, M)"""
+    tokens, draw, lengths, plan, capacity = call
     lens = plan.spec.max_seq_lens
     batch, device = tokens.shape[0], tokens.device
     longest = torch.tensor(lens, device=device)

@@ -1,5 +1,6 @@
 """MaskingSpec: what mask_tokens draws from."""
 
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class MaskingSpec:
     def num_modalities(self) -> int:
         return len(self.max_seq_lens)
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """L, the tokens of a full sample."""
         return sum(self.max_seq_lens)

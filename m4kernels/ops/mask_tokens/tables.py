@@ -1,4 +1,7 @@
-"""The integer tables of mask_tokens: those of usual alphas are committed (tables.npz), others are made when asked."""
+"""The integer tables of mask_tokens: those of usual alphas are committed (tables.npz), others are made when asked.
+
+`python -m m4kernels.ops.mask_tokens.tables` makes the committed ones anew.
+"""
 
 import functools
 import hashlib
@@ -63,3 +66,18 @@ def gamma_tables(alphas: tuple[float, ...], device: torch.device) -> Tensor:
 def exp2_table(device: torch.device) -> Tensor:
     """int32 (EXP2_KNOTS,): 2^-(k / 1024), Q30."""
     return torch.from_numpy(_committed()[1].copy()).to(device)
+
+
+def main() -> None:
+    """Rewrite the committed tables and print their digest."""
+    from m4kernels.ops.mask_tokens.make_tables import make_exp2_table, make_gamma_table
+
+    alphas = np.array(COMMITTED_ALPHAS, dtype=np.float64)
+    gamma = np.stack([make_gamma_table(float(alpha)) for alpha in alphas])
+    exp2 = make_exp2_table()
+    write(alphas, gamma, exp2)
+    print(f'DIGEST = "{digest(alphas, gamma, exp2)}"')
+
+
+if __name__ == "__main__":
+    main()

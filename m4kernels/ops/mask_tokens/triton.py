@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from m4kernels._triton import launch_on
-from m4kernels.aot import AotCase
+from m4kernels.ops.mask_tokens.arguments import MaskArguments
 from m4kernels.ops.mask_tokens.plan import Plan
-from m4kernels.ops.mask_tokens.reference import LOW32, Draw, check_lengths, require, too_small
+from m4kernels.ops.mask_tokens.reference import LOW32, check_lengths, require, too_small
 from m4kernels.ops.mask_tokens.triton_kernels import draw_kernel, fill_kernel
 
 MAX_LENGTH = 4096  # positions that one program ranks: eight a lane at 16 warps
@@ -25,9 +25,9 @@ MAX_LENGTH = 4096  # positions that one program ranks: eight a lane at 16 warps
 INTERPRETED_SAMPLES = 64
 
 
-def can_run(tokens: Tensor, draw: Draw, lengths: Tensor | None, plan: Plan, capacity: object) -> str | None:
+def can_run(call: MaskArguments) -> str | None:
     """Modalities of up to MAX_LENGTH tokens."""
-    longest = max(plan.spec.max_seq_lens)
+    longest = max(call.plan.spec.max_seq_lens)
     return None if longest <= MAX_LENGTH else f"it ranks modalities of up to {MAX_LENGTH} tokens, got {longest}"
 
 
@@ -41,7 +41,7 @@ def _layout(plan: Plan) -> Tensor:
     return torch.tensor(values, dtype=torch.int32).to(plan.gamma.device)
 
 
-def _tiles(lens: Sequence[int], interpreted: bool) -> dict[str, int]:
+def tiles_of(lens: Sequence[int], interpreted: bool) -> dict[str, int]:
     """Constants of the kernels; reductions want sizes of at least 2, and positions come in fours."""
     block_m = max(2, triton.next_power_of_2(len(lens)))
     return {
@@ -54,15 +54,15 @@ def _tiles(lens: Sequence[int], interpreted: bool) -> dict[str, int]:
     }
 
 
-def _without(arguments: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def without(arguments: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in names}
 
 
-def _draw_warps(tiles: Mapping[str, int]) -> int:
+def draw_warps(tiles: Mapping[str, int]) -> int:
     return max(1, tiles["BLOCK_M"] // 32)  # an element a lane: with two, Triton 3.6 spills
 
 
-def _fill_warps(tiles: Mapping[str, int]) -> int:
+def fill_warps(tiles: Mapping[str, int]) -> int:
     return max(1, tiles["BLOCK_N"] // 256)  # at most eight positions a lane
 
 
@@ -72,18 +72,13 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def mask_tokens(
-    tokens: Tensor,
-    draw: Draw,
-    lengths: Tensor | None,
-    plan: Plan,
-    capacity: tuple[int, int] | None,
-) -> tuple[Tensor, ...]:
+def mask_tokens(call: MaskArguments) -> tuple[Tensor, ...]:
     """As `reference.mask_tokens`."""
+    tokens, draw, lengths, plan, capacity = call
     device, lens = tokens.device, plan.spec.max_seq_lens
     batch, modalities = tokens.shape[0], len(lens)
     on_cpu = device.type == "cpu"
-    tiles = _tiles(lens, interpreted=on_cpu)
+    tiles = tiles_of(lens, interpreted=on_cpu)
     blocks = triton.cdiv(batch, tiles["BLOCK_B"])
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -93,16 +88,34 @@ def mask_tokens(
     starts = empty(batch, dtype=torch.int64)
     block_sums = empty(2, blocks, dtype=torch.int64)
     sums, faults = block_sums
-    lengths_strides = (0, 0) if lengths is None else lengths.stride()
-    layout, ids = _layout(plan), draw.sample_ids
-    seeds = (_signed(draw.seed), _signed(draw.seed >> 32), _signed(draw.epoch))
+    lengths_b, lengths_m = (0, 0) if lengths is None else lengths.stride()
+    tokens_b, tokens_l = tokens.stride()
+    ids = draw.sample_ids
+    both = {
+        "sample_ids": ids,
+        "lengths": lengths,
+        "layout": _layout(plan),
+        "in_counts": counts[0],
+        "out_counts": counts[1],
+        "starts": starts,
+        "sums": sums,
+        "faults": faults,
+        "ids_b": ids.stride(0),
+        "lengths_b": lengths_b,
+        "lengths_m": lengths_m,
+        "batch": batch,
+        "seed_low": _signed(draw.seed),
+        "seed_high": _signed(draw.seed >> 32),
+        "epoch": _signed(draw.epoch),
+    }
     with launch_on(tokens):
         if blocks:
             draw_kernel[(blocks,)](
-                *(ids, lengths, layout, plan.gamma, plan.exp2, *counts, starts, sums, faults),
-                *(ids.stride(0), *lengths_strides, batch, *seeds),
-                **_without(tiles, "BLOCK_N", "BLOCK_S", "CHUNK"),
-                num_warps=_draw_warps(tiles),
+                **both,
+                gamma=plan.gamma,
+                exp2=plan.exp2,
+                **without(tiles, "BLOCK_N", "BLOCK_S", "CHUNK"),
+                num_warps=draw_warps(tiles),
             )
         if capacity is not None and not on_cpu:
             sizes = capacity
@@ -115,59 +128,25 @@ def mask_tokens(
             for name, needed, given in zip(("input", "target"), totals, sizes, strict=True):
                 if needed > given:
                     raise ValueError(too_small(name, needed, given))
-        packed = [[empty(size, dtype=torch.int64) for _ in range(3)] for size in sizes]
-        cu_seqlens = [empty(batch + 1, dtype=torch.int32) for _ in "io"]
+        inputs, targets = ([empty(size, dtype=torch.int64) for _ in range(3)] for size in sizes)
+        in_cu, out_cu = (empty(batch + 1, dtype=torch.int32) for _ in "io")
         ok = empty(1, dtype=torch.bool)
         fill_kernel[(max(1, triton.cdiv(batch, tiles["BLOCK_S"])), modalities)](
-            *(tokens, ids, lengths, layout, *counts, starts, sums, faults),
-            *(*packed[0], cu_seqlens[0], *packed[1], cu_seqlens[1], ok),
-            *(*tokens.stride(), ids.stride(0), *lengths_strides, batch, blocks, *sizes, *seeds),
+            **both,
+            **dict(zip(("in_ids", "in_positions", "in_modalities"), inputs, strict=True)),
+            **dict(zip(("out_ids", "out_positions", "out_modalities"), targets, strict=True)),
+            tokens=tokens,
+            tokens_b=tokens_b,
+            tokens_l=tokens_l,
+            in_cu=in_cu,
+            out_cu=out_cu,
+            ok=ok,
+            blocks=blocks,
+            in_capacity=sizes[0],
+            out_capacity=sizes[1],
             **tiles,
-            num_warps=_fill_warps(tiles),
+            num_warps=fill_warps(tiles),
         )
         if capacity is not None and not on_cpu:
             require(ok, lambda: "")  # on a GPU the message is the device's
-    return (*packed[0], cu_seqlens[0], counts[0], *packed[1], cu_seqlens[1], counts[1])
-
-
-def aot_cases() -> Sequence[AotCase]:
-    """The launches of M4, of many modalities, and of the longest modality."""
-    cases = []
-    for what, lens, kind, with_lengths in (
-        ("M4", (256, 39, 256, 39), "u16", False),
-        ("M4 ragged", (256, 39, 256, 39), "i64", True),
-        ("256 modalities", (3,) * 256, "i32", True),
-        ("4096 long", (4096,), "u16", False),
-    ):
-        tiles = _tiles(lens, interpreted=False)
-        absent = {} if with_lengths else {"lengths": None, "lengths_b": 0, "lengths_m": 0}
-        common = {"sample_ids": "*i64:16", "lengths": "*i64:16", "layout": "*i32:16"}
-        common |= dict.fromkeys(("in_counts", "out_counts"), "*i32:16")
-        common |= {"starts": "*i64:16", "sums": "*i64:16", "faults": "*i64"}
-        common |= dict.fromkeys(("lengths_b", "batch", "seed_low", "seed_high", "epoch"), "i32")
-        ones = {"ids_b": 1, "lengths_m": 1} | absent
-        packed = {f"{side}_{name}": "*i64:16" for side in ("in", "out") for name in ("ids", "positions", "modalities")}
-        packed |= {"in_cu": "*i32:16", "out_cu": "*i32:16", "ok": "*i1:16", "tokens": f"*{kind}:16", "tokens_b": "i32"}
-        packed |= dict.fromkeys(("blocks", "in_capacity", "out_capacity"), "i32")
-        if len(lens) > 1:  # the draw does not depend on the lengths, and is the slower to compile
-            cases.append(
-                AotCase(
-                    f"draw {what}",
-                    draw_kernel,
-                    _without(common | {"gamma": "*i32:16", "exp2": "*i32:16"}, *ones),
-                    ones | _without(tiles, "BLOCK_N", "BLOCK_S", "CHUNK"),
-                    num_warps=_draw_warps(tiles),
-                    max_registers=128,
-                )
-            )
-        cases.append(
-            AotCase(
-                f"fill {what} {kind}",
-                fill_kernel,
-                _without(common | packed, *ones),
-                ones | tiles | {"tokens_l": 1},
-                num_warps=_fill_warps(tiles),
-                max_registers=128,
-            )
-        )
-    return cases
+    return (*inputs, in_cu, counts[0], *targets, out_cu, counts[1])

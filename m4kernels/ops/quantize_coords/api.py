@@ -1,24 +1,24 @@
 """Public functions quantize_coords and dequantize_coords, and their registration with torch.library."""
 
-import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from m4kernels import _checks
 from m4kernels._library import Op
 from m4kernels.dispatch import Dispatcher
+from m4kernels.ops.quantize_coords.arguments import OP, DequantizeArguments, QuantizeArguments, QuantizeBackend
 
-MAX_BINS = 2**24  # the largest range of integers that float32 holds exactly
-
-dispatcher = Dispatcher("quantize_coords", ("cuda", "triton", "cpp", "reference"))
+dispatcher: Dispatcher[QuantizeBackend] = Dispatcher(OP, ("cuda", "triton", "cpp", "reference"), QuantizeBackend)
 
 
 def quantize_coords(
     xy: Tensor,  # (..., J, 2)
     visible: Tensor,  # (..., J)
-    scale: Tensor | None = None,  # broadcastable to (..., 2)
-    offset: Tensor | None = None,  # broadcastable to (..., 2)
+    scale: "Tensor | np.ndarray | float | None" = None,  # broadcastable to (..., 2)
+    offset: "Tensor | np.ndarray | float | None" = None,  # broadcastable to (..., 2)
     *,
     canvas: float = 256.0,
     bins: int = 8192,
@@ -33,11 +33,13 @@ def quantize_coords(
     Args:
         xy: floating, joint positions in source units. float64 is computed in float64, all else in float32.
         visible: bool, whether a joint is annotated as visible.
-        scale: floating, from source units to canvas units (pixels); default 1.
-        offset: floating, canvas units; default 0.
-        canvas: side of the canvas, in canvas units.
+        scale: floating, from source units to canvas units (pixels); default 1. Instead of a tensor also a NumPy array,
+            a number or a list of them.
+        offset: likewise, canvas units; default 0.
+        canvas: side of the canvas, in canvas units; a positive number that float32 (float64 for float64 xy) holds.
         bins: number of quantisation bins an axis, 2 to 2**24.
-        backend: "cuda", "triton", "cpp" or "reference"; default the fastest that can run. All agree bit for bit.
+        backend: "cuda", "triton", "cpp", "reference" or "auto", the fastest that can run; default what the variable
+            M4KERNELS_BACKEND names, else auto. All agree bit for bit.
 
     Returns:
         int64 (..., 3 * J): all x tokens, then all y tokens, then visibility 0 or 1.
@@ -45,6 +47,14 @@ def quantize_coords(
     Raises:
         ValueError: a shape, dtype, device or number does not fit; the message names the argument.
     """
+    if scale is not None and not isinstance(scale, Tensor):
+        scale = _as_tensor("scale", scale, xy)
+    if offset is not None and not isinstance(offset, Tensor):
+        offset = _as_tensor("offset", offset, xy)
+    if type(canvas) is not float:
+        canvas = _checks.number("quantize_coords: canvas", canvas)
+    if type(bins) is not int:
+        bins = _checks.integer("quantize_coords: bins", bins)
     return _quantize_op(xy, visible, scale, offset, canvas, bins, backend or "")
 
 
@@ -58,10 +68,11 @@ def dequantize_coords(
     """The inverse of `quantize_coords`: `xy = tokens / (bins - 1) * canvas`.
 
     Args:
-        tokens: integer, all x, then all y, then visibility.
-        canvas: side of the canvas, in canvas units.
+        tokens: integer, all x, then all y, then visibility; uint64 as `tokens.to(torch.int64)` reads it.
+        canvas: side of the canvas, in canvas units; a positive number that float32 holds.
         bins: number of quantisation bins an axis, 2 to 2**24.
-        backend: "cuda", "triton", "cpp" or "reference"; default the fastest that can run. All agree bit for bit.
+        backend: "cuda", "triton", "cpp", "reference" or "auto", the fastest that can run; default what the variable
+            M4KERNELS_BACKEND names, else auto. All agree bit for bit.
 
     Returns:
         (xy float32 (..., J, 2) in canvas units, visible bool (..., J)).
@@ -69,77 +80,50 @@ def dequantize_coords(
     Raises:
         ValueError: a shape, dtype or number does not fit; the message names the argument.
     """
+    if type(canvas) is not float:
+        canvas = _checks.number("dequantize_coords: canvas", canvas)
+    if type(bins) is not int:
+        bins = _checks.integer("dequantize_coords: bins", bins)
     return _dequantize_op(tokens, canvas, bins, backend or "")
 
 
-def _check_grid(op: str, canvas: float, bins: int) -> None:
-    if not 0 < canvas < math.inf:
-        raise ValueError(f"{op}: canvas must be finite and positive, got {canvas}")
-    if not 2 <= bins <= MAX_BINS:
-        raise ValueError(f"{op}: bins must be 2 to {MAX_BINS}, got {bins}")
-
-
-def _check_quantize(
-    xy: Tensor, visible: Tensor, scale: Tensor | None, offset: Tensor | None, canvas: float, bins: int
-) -> None:
-    op = "quantize_coords"
-    _check_grid(op, canvas, bins)
-    shape, device = xy.shape, xy.device
-    if not xy.dtype.is_floating_point:
-        raise ValueError(f"{op}: xy must be floating, got {xy.dtype}")
-    if len(shape) < 2 or shape[-1] != 2:
-        raise ValueError(f"{op}: xy must have shape (..., J, 2), got {tuple(shape)}")
-    if visible.dtype != torch.bool:
-        raise ValueError(f"{op}: visible must be bool, got {visible.dtype}")
-    if visible.shape != shape[:-1]:
-        raise ValueError(f"{op}: visible must have shape {tuple(shape[:-1])}, got {tuple(visible.shape)}")
-    if visible.device != device:
-        raise ValueError(f"{op}: visible is on {visible.device}, xy on {device}")
-    target = (*shape[:-2], 2)
-    for name, value in (("scale", scale), ("offset", offset)):
-        if value is None:
-            continue
-        if not value.dtype.is_floating_point:
-            raise ValueError(f"{op}: {name} must be floating, got {value.dtype}")
-        if value.device != device:
-            raise ValueError(f"{op}: {name} is on {value.device}, xy on {device}")
-        have = value.shape
-        fits = have == target or (
-            len(have) <= len(target)
-            and all(size in (1, want) for size, want in zip(reversed(have), reversed(target), strict=False))
-        )
-        if not fits:
-            raise ValueError(f"{op}: {name} must be broadcastable to {target}, got {tuple(have)}")
-
-
-def _check_dequantize(tokens: Tensor, canvas: float, bins: int) -> None:
-    op = "dequantize_coords"
-    _check_grid(op, canvas, bins)
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise ValueError(f"{op}: tokens must be integer, got {tokens.dtype}")
-    if tokens.dim() < 1 or tokens.shape[-1] % 3:
-        raise ValueError(f"{op}: tokens must have shape (..., 3 * J), got {tuple(tokens.shape)}")
+def _as_tensor(name: str, value: Any, xy: Tensor) -> Tensor:
+    """What stands for a tensor, on the device of xy; a copy, since an array may be read-only or in foreign order."""
+    device = _checks.tensor("quantize_coords: xy", xy).device
+    if torch.compiler.is_compiling():  # which traces NumPy, but not all of it
+        return torch.as_tensor(value, device=device)
+    try:
+        array = np.array(value, order="C")
+        return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False), device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"quantize_coords: {name} must be a floating tensor, array or number, got {type(value).__name__}: {error}"
+        ) from None
 
 
 def _quantize(*args: Any) -> Tensor:
-    *call, backend = args
-    _check_quantize(*call)
-    return dispatcher.select(backend, *call).quantize_coords(*call)
+    call = QuantizeArguments(*args[:-1])
+    call.check_structure()
+    return dispatcher.select(args[-1], call).quantize_coords(call)
 
 
-def _quantize_fake(xy: Tensor, *rest: Any) -> Tensor:
-    _check_quantize(xy, *rest[:-1])
-    return xy.new_empty((*xy.shape[:-2], 3 * xy.shape[-2]), dtype=torch.int64)
+def _quantize_fake(*args: Any) -> Tensor:
+    call = QuantizeArguments(*args[:-1])
+    call.check_structure()
+    *batch, joints, _ = call.xy.shape
+    return call.xy.new_empty((*batch, 3 * joints), dtype=torch.int64)
 
 
 def _dequantize(*args: Any) -> tuple[Tensor, Tensor]:
-    *call, backend = args
-    _check_dequantize(*call)
-    return dispatcher.select(backend, *call).dequantize_coords(*call)
+    call = DequantizeArguments(*args[:-1])
+    call.check_structure()
+    return dispatcher.select(args[-1], call).dequantize_coords(call)
 
 
-def _dequantize_fake(tokens: Tensor, canvas: float, bins: int, backend: str) -> tuple[Tensor, Tensor]:
-    _check_dequantize(tokens, canvas, bins)
+def _dequantize_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    call = DequantizeArguments(*args[:-1])
+    call.check_structure()
+    tokens = call.tokens
     batch, joints = tokens.shape[:-1], tokens.shape[-1] // 3
     return (
         tokens.new_empty((*batch, joints, 2), dtype=torch.float32),

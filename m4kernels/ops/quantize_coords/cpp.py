@@ -7,65 +7,67 @@ from torch import Tensor
 
 from m4kernels import _ext
 from m4kernels._dtypes import compute_dtype
-from m4kernels.dispatch import runs_always
+from m4kernels.backend import runs_always
+from m4kernels.ops.quantize_coords.arguments import DequantizeArguments, QuantizeArguments
 
 can_run = runs_always
 
 
-def quantize_coords(
-    xy: Tensor, visible: Tensor, scale: Tensor | None, offset: Tensor | None, canvas: float, bins: int
-) -> Tensor:
-    """xy (..., J, 2), visible (..., J), scale and offset broadcastable to (..., 2) → int64 (..., 3 J)."""
+def quantize_coords(call: QuantizeArguments) -> Tensor:
+    """int64 (..., 3 J)"""
+    xy, visible, scale, offset, canvas, bins = call
     dtype = compute_dtype(xy.dtype)
     *batch, joints, _ = xy.shape
-    xy = (xy if xy.dtype == dtype else xy.to(dtype)).contiguous()
+    xy = (xy if xy.dtype is dtype else xy.to(dtype)).contiguous()
     visible = visible.contiguous()
-    pairs = (*batch, 2)
-    scale, scale_step = per_sample(scale, pairs, dtype)
-    offset, offset_step = per_sample(offset, pairs, dtype)
+    scale_step = offset_step = 0
+    if scale is not None or offset is not None:
+        pairs = (*batch, 2)
+        scale, scale_step = (None, 0) if scale is None else per_sample(scale, pairs, dtype)
+        offset, offset_step = (None, 0) if offset is None else per_sample(offset, pairs, dtype)
     tokens = torch.empty((*batch, 3 * joints), dtype=torch.int64)
     extension = _ext.require()
-    kernel = extension.quantize_coords_f64 if dtype == torch.float64 else extension.quantize_coords_f32
+    kernel = extension.quantize_coords_f64 if dtype is torch.float64 else extension.quantize_coords_f32
     kernel(
-        xy.data_ptr(),
-        visible.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        0 if offset is None else offset.data_ptr(),
-        scale_step,
-        offset_step,
-        tokens.data_ptr(),
-        math.prod(batch),
-        joints,
-        canvas,
-        bins,
-        torch.get_num_threads(),
+        xy=xy.data_ptr(),
+        visible=visible.data_ptr(),
+        scale=0 if scale is None else scale.data_ptr(),
+        offset=0 if offset is None else offset.data_ptr(),
+        scale_step=scale_step,
+        offset_step=offset_step,
+        tokens=tokens.data_ptr(),
+        n=math.prod(batch),
+        joints=joints,
+        canvas=canvas,
+        bins=bins,
+        threads=torch.get_num_threads(),
     )
     return tokens
 
 
-def dequantize_coords(tokens: Tensor, canvas: float, bins: int) -> tuple[Tensor, Tensor]:
-    """tokens (..., 3 J) → xy float32 (..., J, 2), visible bool (..., J)."""
-    batch, joints = tokens.shape[:-1], tokens.shape[-1] // 3
+def dequantize_coords(call: DequantizeArguments) -> tuple[Tensor, Tensor]:
+    """xy float32 (..., J, 2), visible bool (..., J)"""
+    tokens, canvas, bins = call
+    *batch, width = tokens.shape
+    joints = width // 3
     tokens = tokens.to(torch.int64).contiguous()
     xy = torch.empty((*batch, joints, 2), dtype=torch.float32)
     visible = torch.empty((*batch, joints), dtype=torch.bool)
     _ext.require().dequantize_coords(
-        tokens.data_ptr(),
-        xy.data_ptr(),
-        visible.data_ptr(),
-        batch.numel(),
-        joints,
-        canvas,
-        bins,
-        torch.get_num_threads(),
+        tokens=tokens.data_ptr(),
+        xy=xy.data_ptr(),
+        visible=visible.data_ptr(),
+        n=math.prod(batch),
+        joints=joints,
+        canvas=canvas,
+        bins=bins,
+        threads=torch.get_num_threads(),
     )
     return xy, visible
 
 
-def per_sample(value: Tensor | None, pairs: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor | None, int]:
+def per_sample(value: Tensor, pairs: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
     """(contiguous values, elements from one sample's pair to the next: 2, or 0 when all samples share one pair)."""
-    if value is None:
-        return None, 0
     if value.dtype != dtype:
         value = value.to(dtype)
     if value.shape == pairs:

@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from m4kernels._dtypes import compute_dtype
-from m4kernels.dispatch import runs_always
+from m4kernels.backend import runs_always
+from m4kernels.ops.quantize_coords.arguments import DequantizeArguments, QuantizeArguments
 
 can_run = runs_always
 
 
-def quantize_coords(
-    xy: Tensor, visible: Tensor, scale: Tensor | None, offset: Tensor | None, canvas: float, bins: int
-) -> Tensor:
-    """xy (..., J, 2), visible (..., J), scale and offset broadcastable to (..., 2) → int64 (..., 3 J)."""
+def quantize_coords(call: QuantizeArguments) -> Tensor:
+    """int64 (..., 3 J)"""
+    xy, visible, scale, offset, canvas, bins = call
     c = xy.to(compute_dtype(xy.dtype))
     per_sample = (*xy.shape[:-2], 2)
     if scale is not None:
@@ -30,9 +30,10 @@ def quantize_coords(
     return torch.cat([tokens[..., 0], tokens[..., 1], (visible & inside).to(torch.int64)], dim=-1)
 
 
-def dequantize_coords(tokens: Tensor, canvas: float, bins: int) -> tuple[Tensor, Tensor]:
-    """tokens (..., 3 J) → xy float32 (..., J, 2), visible bool (..., J)."""
-    x, y, seen = tokens.unflatten(-1, (3, tokens.shape[-1] // 3)).unbind(-2)
+def dequantize_coords(call: DequantizeArguments) -> tuple[Tensor, Tensor]:
+    """xy float32 (..., J, 2), visible bool (..., J)"""
+    tokens, canvas, bins = call
+    x, y, seen = tokens.to(torch.int64).unflatten(-1, (3, tokens.shape[-1] // 3)).unbind(-2)
     canvas_t = torch.full((), canvas, dtype=torch.float32, device=tokens.device)
     last_bin = torch.full((), bins - 1, dtype=torch.float32, device=tokens.device)
     return torch.stack([x, y], dim=-1).to(torch.float32) / last_bin * canvas_t, seen != 0

@@ -1,0 +1,51 @@
+"""The launches of cross_modal_attention for the compile gates of `m4kernels.aot`."""
+
+from dataclasses import replace
+from typing import Any
+
+from m4kernels.aot import AotCase
+from m4kernels.ops.cross_modal_attention import triton_kernels as kernels
+from m4kernels.ops.cross_modal_attention.triton import LAUNCHES, Launch, Launches, launch_options
+
+
+def aot_cases() -> list[AotCase]:
+    """Every launch of the table, with 4 modalities, and without `allow` at M4's head_dim; and odd ones."""
+    cases = []
+    for (size, head_dim), launches in LAUNCHES.items():
+        dtype = "bf16" if size == 2 else "fp32"
+        for kernel, launch in zip(Launches._fields, launches, strict=True):
+            for masked in (True, False) if head_dim == 64 else (True,):
+                case = _aot_case(kernel, launch, dtype, head_dim, masked=masked)
+                if dtype == "fp32":
+                    cases.append(replace(case, max_registers=128))  # 2 blocks of 8 warps a multiprocessor
+                elif head_dim == 64:
+                    cases.append(replace(case, max_registers=168, architectures=(90, 100)))  # 3 blocks of 4 warps
+                    cases.append(replace(case, architectures=(80,)))
+                else:
+                    cases.append(case)
+    for kernel, launch in zip(Launches._fields, LAUNCHES[2, 128], strict=True):
+        cases.append(replace(_aot_case(kernel, launch, "fp16", 72, group=2), architectures=(90,)))
+    return cases
+
+
+def _aot_case(name: str, launch: Launch, dtype: str, head_dim: int, *, masked: bool = True, group: int = 1) -> AotCase:
+    """One launch, specialised as for views into a fused projection of M4: everything aligned, whatever the total."""
+    kernel = getattr(kernels, f"{name}_kernel")
+    options = launch_options(launch, group, 4, head_dim)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    constants: dict[str, Any] = options if masked else options | {"allow": None}
+    types = {name: _aot_type(name, dtype, head_dim) for name in kernel.arg_names if name not in constants}
+    title = f"{name} {dtype} head_dim {head_dim}{'' if masked else ', no allow'}"
+    if group != 1:
+        title += f", {group} heads a group"
+    return AotCase(title, kernel, types, constants, warps, stages)
+
+
+def _aot_type(argument: str, dtype: str, head_dim: int) -> str:
+    if argument.startswith("stride"):
+        return "i32" if head_dim % 16 else "i32:16"
+    if argument.endswith(("cu_seqlens", "counts")):
+        return "*i32:16"
+    integers = ("total", "q_total", "samples", "heads", "tiles")
+    types = {"allow": "*i1:16", "scale": "fp32", "lse": "*fp32:16", "delta": "*fp32:16"}
+    return (types | dict.fromkeys(integers, "i32")).get(argument, f"*{dtype}:16")
