@@ -30,11 +30,23 @@ def next_lines(figures: Mapping[str, Any]) -> list[str]:
             _row("", ["tokens", "PSNR dB", "person dB", "SSIM"]),
             *(_row(name, _frame(row)) for name, row in _rows(figures["frame"], ("copy",))),
         ]
-    return lines + [f"left out, the next {what}: {why}" for what, why in figures.get("left_out", {}).items()]
+    return lines + [f"left out, the next {what}: {why}" for what, why in figures["left_out"].items()]
+
+
+def next_line(figures: Mapping[str, Any]) -> str:
+    """The section ``next`` of an evaluation during training in a line, each figure beside that of copying."""
+    parts = []
+    if "pose" in figures:
+        pose, copied = _pose(figures["pose"]), _pose(figures["pose"]["copy"])
+        parts += [f"pose {pose[0]} px (copying {copied[0]})", f"PCK@0.2 {pose[3]} ({copied[3]})", f"{pose[-1]} nats"]
+    if "frame" in figures:
+        frame, copied = _frame(figures["frame"]), _frame(figures["frame"]["copy"])
+        parts.append(f"frame tokens {frame[0]} (copying {copied[0]})")
+    return f"next {', '.join(parts)}; {figures['samples']} samples"
 
 
 def _rows(figures: Mapping[str, Any], others: Sequence[str]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [("model", figures), *((_NAMES[name], figures[name]) for name in others if name in figures)]
+    return [("model", figures), *((_NAMES[name], figures[name]) for name in others)]
 
 
 def _pose(row: Mapping[str, Any]) -> list[str]:

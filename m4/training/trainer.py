@@ -31,7 +31,7 @@ from m4.device import HeapTrimmer, enough_memory, pick_device
 from m4.distributed import World
 from m4.evaluation.losses import evaluate
 from m4.evaluation.next_moment import next_moment_of
-from m4.evaluation.table import next_lines
+from m4.evaluation.table import next_line
 from m4.files import write_atomically
 from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
 from m4.run.directory import check_room, only_process, resolve_paths, write_summary
@@ -235,8 +235,8 @@ class Trainer:
             self.stop_diverged(f"evaluation after step {state.step}: {found}")
         self.keep_evaluation(asdict(result) | next_figures)
         log.info("step %d  eval %s", state.step, result)
-        for line in next_lines(next_figures.get("next", {})):
-            log.info("step %d  %s", state.step, line)
+        for figures in next_figures.values():
+            log.info("step %d  eval %s", state.step, next_line(figures))
 
     def evaluate_next_moment(self) -> dict[str, Any]:
         """``next``: how good the next moment of a few evaluation samples is predicted; {} for a run that has none."""

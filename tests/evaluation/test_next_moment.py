@@ -17,6 +17,7 @@ from m4.evaluation.displacement import DisplacementHistogram
 from m4.evaluation.next_moment import NextMoment, next_moment_of
 from m4.evaluation.ranks import TargetRanks
 from m4.evaluation.report import evaluate_run, report_table
+from m4.evaluation.table import next_line
 from m4.modalities import NEXT, REFERENCE, RowLayout
 from m4.run.metrics import read_metrics
 from m4.saved_run import SavedRun
@@ -179,6 +180,17 @@ def test_evaluations_of_a_training_run_say_pixels(trained, parts):
     assert lines[-1]["next"] == moment.figures(moment.predict(model, store, 7, CPU))
     assert lines[0]["next"]["pose"]["copy"] == lines[-1]["next"]["pose"]["copy"]
     assert json.loads((trained / "summary.json").read_text())["evaluation"]["next"] == lines[-1]["next"]
+
+
+def test_a_line_of_the_log(parts):
+    moment, model, store, _ = parts
+    figures = moment.figures(moment.predict(model, store, 7, CPU))
+    line = next_line(figures)
+    assert line.startswith(
+        f"next pose {figures['pose']['error_px']:.2f} px (copying {figures['pose']['copy']['error_px']:.2f})"
+    )
+    assert line.endswith("; 7 samples")
+    assert next_line({"samples": 3, "frame": figures["frame"]}).startswith("next frame tokens ")
 
 
 def test_they_change_nothing_of_the_training(trained, tmp_path):
