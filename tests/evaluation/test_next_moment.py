@@ -310,3 +310,11 @@ def test_an_untrained_head_is_no_oracle(trained):
     targets = torch.cat([batch.decoder.ids[batch.decoder.modalities == 3] for batch in ranks.watch(batches)])
     assert ranks.accuracy(1)["coords_next"] == pytest.approx((targets < 1).double().mean().item())
     assert ranks.accuracy(5)["coords_next"] == pytest.approx((targets < 5).double().mean().item())
+
+
+def test_tokens_that_are_no_moments_are_evaluated_without_them(config, caplog):
+    assert Trainer(dataclasses.replace(config, stop_after_steps=1)).run("command") == 0
+    report = evaluate_run(SavedRun.open(config.run_dir))
+    assert report["next"] == {"samples": 0, "left_out": report["next"]["left_out"]}
+    assert list(report["next"]["left_out"]) == ["frame", "pose"]
+    assert "left out, the next frame: tok_rgb and tok_rgb_next have 12 and 12 tokens a sample" in report_table(report)
