@@ -9,7 +9,7 @@ from an idle GPU to an idle GPU.
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,19 +140,17 @@ def alternate(
     if ON_GPU:
         return _alternate_on_gpu(runs, seconds, rounds, timed if clock else gpu_timer())
     repeat = {name: max(1, int(SECONDS_A_TURN / max(warm_up(run)[0], 1e-7))) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    start = time.perf_counter()
-    for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() - start > seconds:
-            break
-        for name, run in runs.items():
-            if repeat[name] > 1:  # the other's turn left its data in the caches and the second thread asleep
-                run()
-            begin = time.perf_counter()
-            for _ in range(repeat[name]):
-                run()
-            times[name].append((time.perf_counter() - begin) / repeat[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+
+    def turn(name: str) -> float:
+        run = runs[name]
+        if repeat[name] > 1:  # the other's turn left its data in the caches and the second thread asleep
+            run()
+        begin = time.perf_counter()
+        for _ in range(repeat[name]):
+            run()
+        return (time.perf_counter() - begin) / repeat[name]
+
+    return _in_turns(turn, runs, seconds, rounds)
 
 
 def _alternate_on_gpu(
@@ -161,14 +159,21 @@ def _alternate_on_gpu(
     for run in runs.values():
         for _ in range(3):
             timed(run)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    return _in_turns(lambda name: measure(runs[name]), runs, seconds, rounds)
+
+
+def _in_turns(
+    measure: Callable[[str], float], names: Iterable[str], seconds: float, rounds: tuple[int, int]
+) -> dict[str, float]:
+    """Median of what `measure` gives for each name, asked in turns."""
+    times: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(rounds[1]):
         if done >= rounds[0] and time.perf_counter() - start > seconds:
             break
-        for name, run in runs.items():
-            times[name].append(measure(run))
-    return {name: statistics.median(values) for name, values in times.items()}
+        for name, measured in times.items():
+            measured.append(measure(name))
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 @functools.cache

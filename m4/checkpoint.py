@@ -63,6 +63,7 @@ FREE_KEYS = {
     "eval_freq",
     "eval_samples",
     "eval_seed",
+    "eval_generate_samples",
 }
 FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
 # May change too, which the log says: what helps a run that diverged. Weights, moments and the order of samples keep

@@ -136,6 +136,7 @@ class TrainConfig:
     eval_freq: float = 25.0
     eval_samples: int | None = 512  # the first rows of the evaluation split; null: all of it
     eval_seed: int = 0
+    eval_generate_samples: int = 16  # of which the next moment is predicted and compared; 0: none
     save_ckpt_freq: float = 1000.0
     keep_ckpts: int = 3
     stop_after_steps: int | None = None  # save and stop there, with the schedule left as it is
@@ -366,6 +367,7 @@ def _check(c: TrainConfig) -> None:
     require(c.log.every > 0, "log.every", "a value above 0")
     for key in ("seed", "eval_seed"):
         require(getattr(c, key) >= 0, key, "a value in 0 … 2^63 - 1")
+    require(c.eval_generate_samples >= 0, "eval_generate_samples", "a value of at least 0, which means none")
 
     require(c.dtype in DTYPES, "dtype", " or ".join(DTYPES))
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")

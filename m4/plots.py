@@ -49,10 +49,27 @@ def read_losses(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             raise ConfigError(
                 f"{path}:{number}: expected the numbers tokens, loss and per_modality, got {json.dumps(line)[:200]}"
             )
+        _check_next(line, f"{path}:{number}")
         kinds[line["kind"]].append(line)
     if not kinds["train"]:
         raise ConfigError(f"{path}: holds no training step yet; train the run first")
     return kinds["train"], kinds["eval"]
+
+
+def _check_next(line: dict[str, Any], where: str) -> None:
+    """Raise ConfigError unless what a line says of the next pose, if anything, can be drawn."""
+    try:
+        if "next" not in line or "pose" not in line["next"]:
+            return
+        pose = line["next"]["pose"]
+        errors = [pose["error_px"], pose["copy"]["error_px"]]
+    except (KeyError, TypeError):
+        errors = [""]
+    if not all(error is None or _is_number(error) for error in errors):
+        raise ConfigError(
+            f"{where}: expected next.pose with the numbers error_px and copy.error_px, got "
+            f"{json.dumps(line['next'])[:200]}"
+        )
 
 
 def read_unigram(run_dir: Path) -> dict[str, float]:

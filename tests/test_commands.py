@@ -164,6 +164,10 @@ def test_samples_do_not_depend_on_how_many_are_decoded_at_once(call, saved_run, 
     assert pictures[0] == pictures[1]
 
 
+def _with_next(text):
+    return metrics_line("eval", 1).replace("}\n", f', "next": {text}}}\n') + metrics_line("train", 1)
+
+
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
@@ -172,6 +176,9 @@ def test_samples_do_not_depend_on_how_many_are_decoded_at_once(call, saved_run, 
         ('{"kind": "train", "step": 1}\n', [":1: ", "tokens, loss and per_modality"]),
         (metrics_line("train", 1).replace("6.0", '"six"'), [":1: ", "six"]),
         (metrics_line("eval", 1), ["no training step"]),
+        (_with_next('{"pose": {"error_px": "far", "copy": {"error_px": 1.0}}}'), [":1: ", "next.pose", "far"]),
+        (_with_next('{"pose": {"error_px": 2.0}}'), [":1: ", "next.pose"]),
+        (_with_next("7"), [":1: ", "next.pose"]),
         ("", ["no training step"]),
         ("\udcff\udcfe\n", [":1: "]),
     ],

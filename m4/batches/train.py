@@ -39,6 +39,7 @@ class StepBatches:
 
     counts: Tensor  # (M,) int64, targets of each modality in the whole step, at least 1; on the device
     micro_batches: Iterator[MicroBatch]
+    targets: np.ndarray | None = None  # (M,) int64, the same on the host, 0 where there is none; None: all have some
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ class TrainBatches:
         inputs, targets = drawn_counts(self._spec, seed=self._config.seed, sample_ids=ids)
         tokens = np.stack([inputs.sum(1), targets.sum(1)], axis=1)
         dealt, capacity = deal(tokens, self._schedule.accumulation, self.capacity)
-        self._next = _Dealt(
-            position, ids[dealt], rows[dealt], tokens[dealt].sum((1, 2)), targets.sum(0).clip(min=1), capacity
-        )
+        self._next = _Dealt(position, ids[dealt], rows[dealt], tokens[dealt].sum((1, 2)), targets.sum(0), capacity)
 
     def example(self, position: int) -> MaskedBatch:
         """A micro-batch of the usual capacity, from the step at a position or the next that fits it."""
@@ -126,7 +125,8 @@ class TrainBatches:
                 )
                 yield MicroBatch(masked, len(rows), int(dealt.valid_tokens[index]))
 
-        return StepBatches(send(dealt.target_counts, self._device), micro_batches())
+        targets = dealt.target_counts
+        return StepBatches(send(targets.clip(min=1), self._device), micro_batches(), targets)
 
     def _ragged(self, position: int) -> StepBatches:
         masked = []
@@ -134,8 +134,9 @@ class TrainBatches:
             ids = np.arange(first, first + self._config.batch_size)
             rows = self._order.rows(ids)
             masked.append(mask_rows(self._store, rows, ids, self._spec, seed=self._config.seed, device=self._device))
-        counts = torch.stack([batch.decoder.segments.counts.sum(0) for batch in masked]).sum(0).clamp(min=1)
+        counts = torch.stack([batch.decoder.segments.counts.sum(0) for batch in masked]).sum(0)
         return StepBatches(
-            counts,
+            counts.clamp(min=1),
             (MicroBatch(m, self._config.batch_size, len(m.encoder.ids) + len(m.decoder.ids)) for m in masked),
+            counts.cpu().numpy(),
         )

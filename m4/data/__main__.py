@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from m4.arguments import CommandParser, check_picture_path, number, whole
 from m4.cli import exit_status, run_command
@@ -30,6 +32,7 @@ from m4.errors import ConfigError
 from m4.files import write_atomically
 from m4.pictures.sheets import picture_bytes, picture_endings
 
+Settings = TypeVar("Settings", SynthOptions, PrepareOptions)
 _SEED, _WORKERS = whole(0, MAX_SEED), whole(1, MAX_WORKERS)
 _MAX_ON_SHEET = 600  # three columns of 200 rows are as tall as a JPEG may be
 
@@ -53,32 +56,20 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _synth(options: argparse.Namespace) -> None:
-    settings = SynthOptions(
-        videos=options.videos,
-        seed=options.seed,
-        frames=options.frames,
-        size=options.size,
-        scenes=options.scenes,
-        steady=options.steady,
-    )
-    names = synthesize(options.out, settings, options.poses, options.workers)
+    names = synthesize(options.out, _settings(SynthOptions, options), options.poses, options.workers)
     print(f"{len(names)} videos in {options.out}")
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    settings = PrepareOptions(
-        tokenizer=options.tokenizer,
-        cosmos_dir=options.cosmos_dir,
-        cosmos_dtype=options.cosmos_dtype,
-        blip_dir=options.blip_dir,
-        captions=options.captions,
-        framing=options.framing,
-        ssim_threshold=options.ssim_threshold,
-        split_unit=options.split_unit,
-        seed=options.seed,
-    )
+    settings = _settings(PrepareOptions, options)
     shard = options.shard or _rank()
     _report(prepare(options.penn_action, options.out, settings, options.workers, shard), options.out)
+
+
+def _settings(kind: type[Settings], options: argparse.Namespace) -> Settings:
+    """An object of a dataclass, of the options that go by the names of its fields."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def _rank() -> tuple[int, int]:

@@ -12,9 +12,15 @@ from typing import Any
 
 from m4.batches.masked import fixed_batches
 from m4.build import masking_spec
+from m4.data.layout import read_meta
+from m4.data.store import TokenStore
 from m4.evaluation.losses import evaluate, unigram_baselines
+from m4.evaluation.next_moment import NextMoment
+from m4.evaluation.ranks import TOP, TargetRanks
+from m4.evaluation.table import next_lines
 from m4.evaluation.unigram import Unigram
 from m4.files import writable_file, write_atomically
+from m4.model import M4
 from m4.run.console import show_progress
 from m4.saved_run import SavedRun
 from m4kernels import MaskedBatch
@@ -44,6 +50,9 @@ def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | Non
             config.data.train_split,
             run.root,
         )
+    next_moment = NextMoment(config, read_meta(run.root))
+    for checked, name in ((store, split), (train, config.data.train_split)):
+        next_moment.check_poses(checked, name)
     log.info("evaluating %s on the split %s in %s", run.checkpoint, split, run.root)
     model = run.model()
 
@@ -61,7 +70,8 @@ def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | Non
     shown = show_progress(
         batches(), f"evaluating on {split}", samples, size=lambda batch: batch.decoder.segments.batch_size
     )
-    result = evaluate(model, shown, config, run.device)
+    ranks = TargetRanks(model, config, run.device)
+    result = evaluate(model, ranks.watch(shown), config, run.device)
     baselines = unigram_baselines(train, config, batches())
     losses = result.per_modality
     report = {
@@ -71,13 +81,29 @@ def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | Non
         "split_samples": len(store),
         "data_root": str(run.root.resolve()),
         **asdict(result),
+        "perplexity": {name: loss if loss is None else math.exp(loss) for name, loss in losses.items()},
+        **{f"top{k}": ranks.accuracy(k) for k in TOP},
         "unigram": {name: _figures(baseline) for name, baseline in baselines.items()},
         "below_unigram": {
             name: loss is not None and loss < baselines[name].cross_entropy for name, loss in losses.items()
         },
+        "next": _next_figures(next_moment, model, store, train, samples, run),
     }
     write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def _next_figures(
+    next_moment: NextMoment, model: M4, store: TokenStore, train: TokenStore, samples: int, run: SavedRun
+) -> dict[str, Any]:
+    """What is said of the next moment of the first rows of a split, and in the log what is not."""
+    decode = next_moment.tokenizer()
+    for what, why in next_moment.left_out.items():
+        log.warning("left out, figures of the next %s: %s", what, why)
+    if not next_moment.wanted:
+        return {"samples": 0, "left_out": next_moment.left_out}
+    prediction = next_moment.predict(model, store, samples, run.device)
+    return next_moment.all_figures(prediction, train, decode)
 
 
 def _figures(baseline: Unigram) -> dict[str, float | None]:
@@ -91,7 +117,8 @@ def report_table(report: dict[str, Any]) -> str:
     samples = f"{every}" if report["samples"] == every else f"the first {report['samples']} of {every}"
     lines = [
         f"{report['run']} {report['checkpoint']}, split {report['split']}: {samples} samples, nats a token",
-        f"{'modality':<14} {'targets':>8} {'model':>8} {'unigram':>8} {'gain':>8}   {'training-set entropy':>20}",
+        f"{'modality':<14} {'targets':>8} {'model':>8} {'unigram':>8} {'gain':>8} {'perplexity':>10} {'top 1':>6} "
+        f"{'top 5':>6}   {'training-set entropy':>20}",
     ]
     for name, loss in report["per_modality"].items():
         unigram = report["unigram"][name]
@@ -102,6 +129,7 @@ def report_table(report: dict[str, Any]) -> str:
         verdict = "" if gain > 0 else "  NOT below the unigram baseline"
         lines.append(
             f"{name:<14} {report['targets'][name]:>8} {loss:>8.4f} {unigram['cross_entropy']:>8.4f} {gain:>+8.4f}"
+            f" {report['perplexity'][name]:>10.4g} {report['top1'][name]:>6.1%} {report['top5'][name]:>6.1%}"
             f"   {unigram['entropy']:>20.4f}{verdict}"
         )
     lines.append(f"{'mean':<14} {'':>8} {report['loss']:>8.4f}")
@@ -109,4 +137,5 @@ def report_table(report: dict[str, Any]) -> str:
         "unigram: the training set's token frequencies on the same targets, mixed with the uniform "
         "distribution by the weight that suits these targets best"
     )
+    lines += ["", *next_lines(report["next"])]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from m4kernels import MaskedBatch, PackedTokens, Segments
 
 _SAMPLE_BITS = 20  # of the seed of a sample's generator; the rest, up to torch's 64 bits, is the seed
 MAX_SEED = (1 << (64 - _SAMPLE_BITS)) - 1
+_LOGITS_BYTES = 1 << 27  # that `predict_at_once` holds
 MAX_TEMPERATURE = 1_000_000  # noise that float32 still holds beside -inf; ids are long since equally likely
 
 
@@ -83,7 +84,7 @@ def generate(
         )
         logits = model.logits(batch).float().unflatten(0, (len(tokens), left))  # (B, left, V)
         limits = id_limits.expand(tokens.shape)[missing].view(len(tokens), left, 1)
-        logits = logits.masked_fill(torch.arange(logits.shape[-1], device=device) >= limits, -torch.inf)
+        logits.masked_fill_(torch.arange(logits.shape[-1], device=device) >= limits, -torch.inf)
         on_scale = ordinal.expand(tokens.shape)[missing].view(len(tokens), left)
         ids, confidence = _choose(logits, on_scale, temperature * (1 - step / steps), generators)
         remaining = min(left - 1, math.floor(total * math.cos(math.pi / 2 * (step + 1) / steps)))
@@ -96,6 +97,51 @@ def generate(
         if left == 0:
             break
     return filled
+
+
+@torch.no_grad()
+def predict_at_once(
+    model: M4,
+    tokens: Tensor,
+    *,
+    given: Sequence[str],
+    wanted: Sequence[str],
+    id_limits: Tensor | None = None,
+    ordinal: Tensor | None = None,
+) -> Tensor:
+    """`generate` in a single step at temperature 0: every token is predicted from what is given, and none is drawn.
+
+    Arguments and result are those of `generate`. Logits are held for some tokens at a time, of the ids they may have.
+    """
+    layout = RowLayout.of(model.config)
+    batch = whole_batch(tokens, layout, given, wanted)
+    targets = batch.decoder
+    decoded = model.decode(batch)
+    starts = torch.tensor([span.start for span in layout.spans], device=tokens.device)
+    places = starts[targets.modalities] + targets.positions  # (T,), in the row
+    limits = model.vocab_limits[targets.modalities] if id_limits is None else id_limits[places]
+    on_scale = torch.zeros_like(places, dtype=torch.bool) if ordinal is None else ordinal[places]
+    ids = torch.empty_like(places)
+    for limit in limits.unique().tolist():
+        for median in (False, True):
+            chosen = ((limits == limit) & (on_scale == median)).nonzero()[:, 0]
+            for some in chosen.split(max(1, _LOGITS_BYTES // (4 * limit))):
+                logits = torch.nn.functional.linear(decoded[some], model.to_logits.weight[:limit]).float()
+                ids[some] = _medians(logits.softmax(-1)) if median else logits.argmax(-1)
+    wanted_places = places.view(len(tokens), -1)
+    return tokens.clone().scatter_(1, wanted_places, ids.view_as(wanted_places))
+
+
+def whole_batch(tokens: Tensor, layout: RowLayout, given: Sequence[str], wanted: Sequence[str]) -> MaskedBatch:
+    """All tokens of the modalities ``given`` visible, all of those ``wanted`` targets; tokens int64 (B, L)."""
+    modality, position = layout.modality_ids().to(tokens.device), layout.positions().to(tokens.device)
+
+    def half(names: Sequence[str]) -> PackedTokens:
+        indices = torch.tensor([layout.modalities.index(name) for name in names], device=tokens.device)
+        chosen = torch.isin(modality, indices).expand(tokens.shape)
+        return _pack(tokens, chosen, modality, position, len(layout.modalities))
+
+    return MaskedBatch(half(given), half(wanted))
 
 
 def _check_numbers(steps: int, temperature: float, seed: int, first_sample: int, samples: int) -> None:
@@ -117,6 +163,11 @@ def _pack(tokens: Tensor, chosen: Tensor, modality: Tensor, position: Tensor, mo
     return PackedTokens(tokens[chosen], position[place], modality[place], segments)
 
 
+def _medians(p: Tensor) -> Tensor:
+    """The median of each distribution (…, V) over ids that are steps of a scale."""
+    return (p.cumsum(-1) < 0.5).sum(-1)
+
+
 def _choose(
     logits: Tensor, ordinal: Tensor, temperature: float, generators: list[torch.Generator]
 ) -> tuple[Tensor, Tensor]:
@@ -127,8 +178,8 @@ def _choose(
     log_p = logits.log_softmax(-1)
     if temperature == 0:
         confidence, ids = log_p.max(-1)
-        medians = (log_p.exp().cumsum(-1) < 0.5).sum(-1)
-        return torch.where(ordinal, medians, ids), confidence
+        ids[ordinal] = _medians(log_p[ordinal].exp())
+        return ids, confidence
 
     def gumbel(shape: torch.Size) -> Tensor:
         noise = torch.stack([torch.rand(shape[1:], generator=g) for g in generators])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 FIGURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg")
@@ -16,25 +18,48 @@ Line = Mapping[str, Any]
 def loss_curves(train: Sequence[Line], evaluations: Sequence[Line], unigram: Mapping[str, float]) -> Figure:
     """One panel a modality and one for the mean: training and evaluation loss over counted tokens.
 
+    Where evaluations say how far the next pose is off, a panel of it, beside copying the reference pose.
+
     Args:
         train, evaluations: lines with ``tokens`` (millions of counted tokens), ``loss`` and ``per_modality`` (name →
-            loss, None for a modality without a target); at least one of training.
+            loss, None for a modality without a target: a gap in its curve); at least one of training. Evaluations may
+            have ``next``, with pose → error_px and pose → copy → error_px (pixels or None).
         unigram: name → cross-entropy of the training set's unigram distribution, drawn as a level.
     """
     names = list(train[0]["per_modality"])
-    figure = Figure(figsize=(4 * (len(names) + 1), 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names) + 1), ["mean", *names], strict=True):
+    poses = [line for line in evaluations if "pose" in line.get("next", {})]
+    panels = len(names) + 1 + bool(poses)
+    figure = Figure(figsize=(4 * panels, 3.4), layout="constrained")
+    places = figure.subplots(1, panels)
+    for axes, name in zip(places, ["mean", *names], strict=False):
         axes.plot(*_points(train, name), lw=0.6, alpha=0.6, label="train")
         if evaluations:
             axes.plot(*_points(evaluations, name), "o-", ms=3, lw=1.5, label="eval")
         if name in unigram:
             axes.axhline(unigram[name], color="k", ls="--", lw=1, label="unigram")
-        axes.set_title(name)
-        axes.set_xlabel("counted tokens (millions)")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("cross-entropy (nats a token)")
-    figure.axes[-1].legend()
+        _dress(axes, name)
+    places[0].set_ylabel("cross-entropy (nats a token)")
+    places[len(names)].legend()
+    if poses:
+        _pose_errors(places[-1], poses)
     return figure
+
+
+def _pose_errors(axes: Axes, lines: Sequence[Line]) -> None:
+    poses = [line["next"]["pose"] for line in lines]
+    axes.plot(*_curve(lines, [pose["error_px"] for pose in poses]), "o-", ms=3, lw=1.5, color="C1", label="predicted")
+    copied = [pose["copy"]["error_px"] for pose in poses]
+    axes.plot(*_curve(lines, copied), color="k", ls="--", lw=1, label="copying the reference")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("error (pixels)")
+    axes.legend()
+    _dress(axes, "next pose")
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("counted tokens (millions)")
+    axes.grid(alpha=0.3)
 
 
 def figure_bytes(figure: Figure, ending: str) -> bytes:
@@ -45,9 +70,12 @@ def figure_bytes(figure: Figure, ending: str) -> bytes:
 
 
 def _points(lines: Sequence[Line], name: str) -> tuple[list[float], list[float]]:
-    """Tokens and losses of a modality, or of the mean; without the lines that have none."""
-    losses = [line["loss"] if name == "mean" else line["per_modality"].get(name) for line in lines]
-    return (
-        [line["tokens"] for line, loss in zip(lines, losses, strict=True) if loss is not None],
-        [loss for loss in losses if loss is not None],
-    )
+    """Tokens and losses of a modality, or of the mean."""
+    return _curve(lines, [line["loss"] if name == "mean" else line["per_modality"].get(name) for line in lines])
+
+
+def _curve(lines: Sequence[Line], values: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """Tokens and values to plot: a value that is not there is a gap. Nothing where none is there."""
+    if all(value is None for value in values):
+        return [], []
+    return [line["tokens"] for line in lines], [math.nan if value is None else value for value in values]

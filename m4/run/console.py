@@ -166,8 +166,11 @@ class TrainingProgress:
         else:
             self._display.advance(samples)
 
-    def step(self, losses: list[float], norm: float, rate: float) -> dict[str, Any]:
-        """Show a finished step and return its metrics."""
+    def step(self, losses: list[float | None], norm: float, rate: float) -> dict[str, Any]:
+        """Show a finished step and return its metrics.
+
+        losses: of each modality, None without a target, which counts as 0 in the mean.
+        """
         schedule, state = self._schedule, self._state
         elapsed = time.monotonic() - self._start
         speed = self._samples / elapsed
@@ -175,7 +178,7 @@ class TrainingProgress:
         metrics: dict[str, Any] = {
             "tokens": schedule.tokens(state.position),
             "samples": state.position,
-            "loss": sum(losses) / len(losses),
+            "loss": sum(loss or 0.0 for loss in losses) / len(losses),
             "per_modality": dict(zip(self._config.modalities, losses, strict=True)),
             "lr": rate,
             "grad_norm": norm,

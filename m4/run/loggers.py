@@ -156,9 +156,11 @@ def _reason(error: Exception) -> str:
 
 
 def flat_figures(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """Numbers only; those of nested dicts as ``kind/key/inner``."""
-    flat = {}
+    """Numbers only; those of nested dicts as ``kind/key/inner``, however deep."""
+    flat: dict[str, float] = {}
     for key, value in values.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        flat.update({f"{kind}/{key}/{name}".rstrip("/"): v for name, v in inner if isinstance(v, (int, float))})
+        if isinstance(value, dict):
+            flat |= flat_figures(f"{kind}/{key}", value)
+        elif isinstance(value, (int, float)):
+            flat[f"{kind}/{key}"] = value
     return flat

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 
 from m4.batches.masked import fixed_batches
@@ -25,10 +26,13 @@ from m4.checkpoint import (
     whole_checkpoints,
 )
 from m4.config import TrainConfig, config_to_yaml
+from m4.data.layout import read_meta
 from m4.data.store import TokenStore
 from m4.device import HeapTrimmer, enough_memory, pick_device
 from m4.distributed import World
 from m4.evaluation.losses import evaluate
+from m4.evaluation.next_moment import next_moment_of
+from m4.evaluation.table import next_line
 from m4.files import write_atomically
 from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
 from m4.run.directory import check_room, only_process, resolve_paths, summarised_step, write_summary
@@ -48,10 +52,11 @@ _LESS_MEMORY = "lower batch_size (global_batch_size stays the samples of a step)
 
 
 class Stores(NamedTuple):
-    """The packed tokens of a run."""
+    """The packed tokens of a run, and what meta.json says of them, {} where there is none."""
 
     train: TokenStore
     evaluation: TokenStore
+    meta: Mapping[str, Any] = {}
 
 
 class Trainer:
@@ -97,6 +102,7 @@ class Trainer:
                 self.model, forward, self.optimizer, config, device, self.execution, self.batches.capacity
             )
         self.probe = Probe(self.model, train, order, self.spec, config, device)
+        self.next_moment = next_moment_of(config, self.stores.meta, self.stores.evaluation)
         self.state = LoopState()
         self.progress = TrainingProgress(config, self.schedule, self.state, device)
         self.stop = StopSignals()
@@ -165,18 +171,25 @@ class Trainer:
             self.state.step += 1
             self.state.position = position
             self.batches.prepare(position)  # while the device is busy
-            figures = self.report(rate)
+            figures = self.report(rate, inputs.targets)
             self.step.release()
         return figures
 
-    def report(self, rate: float) -> Figures | None:
-        """Read, show and log the step just launched, if that is due: at log points, on a CPU after every step."""
+    def report(self, rate: float, targets: np.ndarray | None) -> Figures | None:
+        """Read, show and log the step just launched, if that is due: at log points, on a CPU after every step.
+
+        Args:
+            rate: the learning rate of the step.
+            targets: (M,) of each modality in it, None if all have some.
+        """
         due = self.state.step % self.config.log.every == 0 or self.state.step == self.schedule.steps
         if not due and self.execution.asynchronous:
             return None
         figures = self.check()
         assert figures is not None
-        metrics = self.progress.step(figures.losses, figures.norm, rate)
+        some = [True] * len(figures.losses) if targets is None else (targets > 0).tolist()
+        losses = [loss if has else None for loss, has in zip(figures.losses, some, strict=True)]
+        metrics = self.progress.step(losses, figures.norm, rate)
         if due and self.log is not None:
             self.log.write("train", self.state.step, metrics)
         return figures
@@ -217,12 +230,25 @@ class Trainer:
         self.model.eval()
         shown = show_progress(batches, what, samples, size=lambda batch: batch.decoder.segments.batch_size)
         result = evaluate(self.model, shown, config, self.device, after_batch=self.stop.check)
+        next_figures = self.evaluate_next_moment()
         self.model.train()
         found = loss_that_is_not_finite([x or 0.0 for x in result.per_modality.values()], config.modalities)
         if found is not None:
             self.stop_diverged(f"evaluation after step {state.step}: {found}")
-        self.keep_evaluation(asdict(result))
+        self.keep_evaluation(asdict(result) | next_figures)
         log.info("step %d  eval %s", state.step, result)
+        for figures in next_figures.values():
+            log.info("step %d  eval %s", state.step, next_line(figures))
+
+    def evaluate_next_moment(self) -> dict[str, Any]:
+        """``next``: how good the next moment of a few evaluation samples is predicted; {} for a run that has none."""
+        store, wanted = self.stores.evaluation, self.config.eval_generate_samples
+        if self.next_moment is None:
+            return {}
+        prediction = self.next_moment.predict(
+            self.model, store, min(len(store), wanted), self.device, after_batch=self.stop.check
+        )
+        return {"next": self.next_moment.figures(prediction)}
 
     def keep_evaluation(self, result: dict) -> None:
         """Log an evaluation of this step and keep it in the state."""
@@ -349,4 +375,5 @@ class Trainer:
 
 def _open_stores(config: TrainConfig) -> Stores:
     root = data_root(config)
-    return Stores(open_split(config, root, config.data.train_split), open_split(config, root, config.data.eval_split))
+    train, evaluation = (open_split(config, root, name) for name in (config.data.train_split, config.data.eval_split))
+    return Stores(train, evaluation, read_meta(root))

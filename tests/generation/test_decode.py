@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m4.generation.decode import MAX_SEED, MAX_TEMPERATURE, generate
+from m4.generation.decode import MAX_SEED, MAX_TEMPERATURE, generate, predict_at_once
 from m4.model import M4, ModelConfig
 
 CONFIG = ModelConfig(
@@ -109,6 +109,30 @@ def test_median_where_ids_are_steps_of_a_scale(model, tokens):
         assert row[:median].sum() < 0.5 + 1e-6
         assert row[: median + 1].sum() > 0.5 - 1e-6
     assert int(out[0, 15]) == int(p[2].argmax())
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_all_at_once_is_one_step(model, tokens, limited):
+    options = {"ordinal": torch.arange(16) % 2 > 0} if limited else {}
+    if limited:
+        options["id_limits"] = torch.tensor([32] * 5 + [20] * 3 + [9] * 5 + [20, 20, 2])
+    for wanted in (WANTED, ["coords_next"]):
+        expected = generate(model, tokens, given=GIVEN, wanted=wanted, steps=1, **options)
+        assert torch.equal(predict_at_once(model, tokens, given=GIVEN, wanted=wanted, **options), expected)
+
+
+def test_logits_are_held_for_a_few_tokens_at_a_time(model, tokens, monkeypatch):
+    expected = predict_at_once(model, tokens, given=GIVEN, wanted=WANTED)
+    held = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("m4.generation.decode._LOGITS_BYTES", 4 * 32 * 3)
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, w, b=None: held.append((x.shape[0], w.shape[0])) or linear(x, w, b)
+    )
+    assert torch.equal(predict_at_once(model, tokens, given=GIVEN, wanted=WANTED), expected)
+    heads = [rows for rows, ids in held if ids in (20, 32)]
+    assert len(heads) >= 8
+    assert max(heads[-8:]) <= 4
 
 
 def test_seeds_differ_only_when_sampling(model, tokens):

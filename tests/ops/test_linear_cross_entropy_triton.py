@@ -121,12 +121,14 @@ def test_correct_takes_the_lowest_of_equal_classes_in_several_blocks(
     assert out.correct.tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("form", [WHOLE, PARTS], ids=str)
+@pytest.fixture(params=[WHOLE, PARTS], ids=str)
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "plan", lambda call: backend.Plan(*request.param))
+
+
+@pytest.mark.usefixtures("either_form")
 @on_triton
-def test_autocast_converts_the_weight_in_parts(
-    form: tuple[int, int], target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "plan", lambda call: backend.Plan(*form))
+def test_autocast_converts_the_weight_in_parts(target: Target) -> None:
     arguments = case(20, 8, 100, limits=(100, 50))
     rounded = arguments.to(torch.bfloat16)
     with torch.autocast(target[1], torch.bfloat16):
@@ -136,12 +138,9 @@ def test_autocast_converts_the_weight_in_parts(
         assert_within_error_budget(a, p.float(), t, what=name)
 
 
-@pytest.mark.parametrize("form", [WHOLE, PARTS], ids=str)
+@pytest.mark.usefixtures("either_form")
 @on_triton
-def test_nothing_of_an_ignored_token_or_beyond_a_limit_is_read(
-    form: tuple[int, int], target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "plan", lambda call: backend.Plan(*form))
+def test_nothing_of_an_ignored_token_or_beyond_a_limit_is_read(target: Target) -> None:
     arguments = case(20, 8, 100, weighted=True, limits=(20, 40), ignored=0.4)
     clean = gradients(linear_cross_entropy, arguments, target)
     poisoned = Case(*(t.clone() for t in arguments))

@@ -14,6 +14,7 @@ import torch.utils.tensorboard
 from m4.config import load_config
 from m4.errors import ConfigError
 from m4.run import loggers
+from m4.run.loggers import flat_figures
 from m4.run.metrics import MetricsFile, RunLog, read_metrics, truncate_metrics
 from m4.training.trainer import Trainer
 
@@ -133,7 +134,9 @@ def test_a_summary_beside_a_greater_error_is_only_said(config, log, monkeypatch)
     assert "No space left on device; mend that" in log.text
 
 
-@pytest.mark.parametrize("bad", [b"{half", b"[1]", b"{}", b'{"step": "3"}', b"\x00\x00", b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "bad", [b"{half", b"[1]", b"{}", b"", b'{"kind": "train"}', b'{"step": "3"}', b"\x00\x00", b"\xff\xfe{}"]
+)
 def test_a_bad_line_is_named(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 2}\n')
@@ -285,3 +288,30 @@ def test_loggers_are_closed_where_the_record_cannot_be_opened(config, monkeypatc
     with pytest.raises(OSError, match=r"metrics.jsonl"):
         RunLog(config.run_dir, config, -1)
     assert package.finished == 1
+
+
+def test_figures_of_any_depth_have_a_name():
+    pose = {"error_px": 3.0, "pck": {"0.1": 0.5}}
+    values = {"loss": 1.0, "per_modality": {"a": None, "b": 2.0}, "next": {"pose": pose}}
+    assert flat_figures("eval", values) == {
+        "eval/loss": 1.0,
+        "eval/per_modality/b": 2.0,
+        "eval/next/pose/error_px": 3.0,
+        "eval/next/pose/pck/0.1": 0.5,
+    }
+
+
+def test_a_modality_without_a_target_in_a_step_has_no_value(config):
+    """The mean counts it as 0, as the model does."""
+    config.target_alphas = [0.0, 0.02, 0.02, 0.02]
+    config.batch_size = config.global_batch_size = 1
+    assert Trainer(config).run("command") == 0
+    lines = [line for line in read_metrics(config.run_dir / "metrics.jsonl") if line["kind"] == "train"]
+    losses = [line["per_modality"] for line in lines]
+    assert {loss["tok_rgb"] for loss in losses} == {None}
+    assert any(loss["coords"] is None for loss in losses)
+    assert any(loss["coords"] is not None for loss in losses)
+    for line in lines:
+        values = list(line["per_modality"].values())
+        assert 0 not in values
+        assert line["loss"] == pytest.approx(sum(value or 0.0 for value in values) / 4)

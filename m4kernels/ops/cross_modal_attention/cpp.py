@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m4kernels import _ext
-from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments
+from m4kernels.ops.cross_modal_attention.arguments import OP, AttentionArguments
 
 
 def can_run(call: AttentionArguments) -> str | None:
@@ -17,28 +17,11 @@ def can_run(call: AttentionArguments) -> str | None:
 
 def cross_modal_attention(call: AttentionArguments) -> tuple[Tensor, Tensor]:
     """out (Tq, H, Dh) and lse (H, Tq)."""
-    dtype = call.q.dtype
     q, k, v = (_readable(x) for x in call[:3])
-    threads = torch.get_num_threads()
-    extension, plan, shape = _prepare(call, threads)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(call.lse_shape, dtype=torch.float32)
-    step, _ = plan.workspace(q.shape[2])
-    workspace = torch.empty(threads * step, dtype=torch.float32)
-    in_f32 = q.dtype == torch.float32
-    kernel = extension.cross_modal_attention_f32 if in_f32 else extension.cross_modal_attention_bf16
-    kernel(
-        plan=plan,
-        **shape,
-        q=_view(q),
-        k=_view(k),
-        v=_view(v),
-        out=_view(out),
-        lse=lse.data_ptr(),
-        workspace=workspace.data_ptr(),
-        workspace_step=step,
-    )
-    return out.to(dtype), lse
+    _run(OP, 0, call, q, q=_view(q), k=_view(k), v=_view(v), out=_view(out), lse=lse.data_ptr())
+    return out.to(call.q.dtype), lse
 
 
 def cross_modal_attention_backward(
@@ -48,19 +31,14 @@ def cross_modal_attention_backward(
     lse: Tensor,  # (H, Tq)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v; `out` is not needed, since whole rows of scores are at hand."""
-    dtype = call.q.dtype
     grad_out, q, k, v = (_readable(x) for x in (grad_out, *call[:3]))
     lse = lse.contiguous()
-    threads = torch.get_num_threads()
-    extension, plan, shape = _prepare(call, threads)
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=q.dtype) for x in (q, k, v))
-    _, step = plan.workspace(q.shape[2])
-    workspace = torch.empty(threads * step, dtype=torch.float32)
-    in_f32 = q.dtype == torch.float32
-    kernel = extension.cross_modal_attention_backward_f32 if in_f32 else extension.cross_modal_attention_backward_bf16
-    kernel(
-        plan=plan,
-        **shape,
+    _run(
+        f"{OP}_backward",
+        1,
+        call,
+        q,
         grad_out=_view(grad_out),
         q=_view(q),
         k=_view(k),
@@ -69,10 +47,19 @@ def cross_modal_attention_backward(
         grad_q=_view(grad_q),
         grad_k=_view(grad_k),
         grad_v=_view(grad_v),
-        workspace=workspace.data_ptr(),
-        workspace_step=step,
     )
+    dtype = call.q.dtype
     return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+
+
+def _run(function: str, direction: int, call: AttentionArguments, queries: Tensor, **tensors: Any) -> None:
+    """Run the extension's function for queries as the kernels read them; direction 0 forward, 1 backward."""
+    threads = torch.get_num_threads()
+    extension, plan, shape = _prepare(call, threads)
+    step = plan.workspace(queries.shape[2])[direction]
+    workspace = torch.empty(threads * step, dtype=torch.float32)
+    kernel = getattr(extension, f"{function}_{'f32' if queries.dtype == torch.float32 else 'bf16'}")
+    kernel(plan=plan, **shape, **tensors, workspace=workspace.data_ptr(), workspace_step=step)
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""How close predicted frames are to the true ones: token by token, and in pixels once both are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from skimage.metrics import structural_similarity
+
+from m4.evaluation.poses import Poses, bounding_boxes
+from m4.modalities import CANVAS, IMAGE_GRID
+
+MOST_PSNR = 100.0  # dB: of frames that are equal, whose mean over a split would be infinite otherwise
+_PADDING = 0.1  # of a person's box, to each side
+_DECODED_AT_ONCE = 16
+
+Box = tuple[slice, slice]  # rows, columns
+Decode = Callable[[np.ndarray], np.ndarray]  # of an image tokenizer
+
+
+def person_boxes(poses: Poses) -> list[Box | None]:
+    """Where each person is: the pixels that the bounding box of the visible joints touches, padded by a tenth of its
+    size to each side; None without a visible joint."""
+    boxes: list[Box | None] = []
+    for low, high in zip(*bounding_boxes(poses), strict=True):
+        if not np.isfinite(low).all():
+            boxes.append(None)
+            continue
+        margin = _PADDING * (high - low)
+        first = np.floor(low - margin).clip(0, CANVAS - 1).astype(int)
+        last = np.ceil(high + margin).clip(first + 1, CANVAS).astype(int)
+        boxes.append((slice(first[1], last[1]), slice(first[0], last[0])))
+    return boxes
+
+
+def frame_figures(
+    predicted: np.ndarray,
+    true: np.ndarray,
+    decode: Decode | None,
+    boxes: Sequence[Box | None] | None = None,
+    shown: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, Any]:
+    """How well frames are predicted.
+
+    Args:
+        predicted, true: integer (N, 256) image tokens.
+        decode: tokens (B, 16, 16) → uint8 (B, 256, 256, 3), None without a tokenizer.
+        boxes: of N persons, see `person_boxes`; None where nothing says where they are.
+        shown: hands on the numbers of the frames, and shows progress.
+    Returns:
+        token_accuracy; with a tokenizer also the means over the frames of psnr (dB, at most MOST_PSNR) and ssim
+        (scikit-image's, of colour frames), with boxes also psnr_person, within them (None if there is none).
+    """
+    figures: dict[str, Any] = {"token_accuracy": float((predicted == true).mean()) if len(true) else None}
+    if decode is None:
+        return figures
+    psnr, ssim, psnr_person = [], [], []
+    for first in shown(range(0, len(true), _DECODED_AT_ONCE)):
+        chunk = slice(first, first + _DECODED_AT_ONCE)
+        pairs = zip(_decoded(predicted[chunk], decode), _decoded(true[chunk], decode), strict=True)
+        for sample, (a, b) in enumerate(pairs, start=first):
+            psnr.append(peak_signal_noise_ratio(a, b))
+            ssim.append(float(structural_similarity(a, b, data_range=255, channel_axis=2)))
+            box = None if boxes is None else boxes[sample]
+            if box is not None:
+                psnr_person.append(peak_signal_noise_ratio(a[box], b[box]))
+    figures |= {"psnr": _mean(psnr), "ssim": _mean(ssim)}
+    return figures if boxes is None else {**figures, "psnr_person": _mean(psnr_person)}
+
+
+def peak_signal_noise_ratio(a: np.ndarray, b: np.ndarray) -> float:
+    """dB, of uint8 arrays of one shape; at most MOST_PSNR."""
+    error = float(np.square(a.astype(np.float64) - b).mean())
+    return MOST_PSNR if error == 0 else min(MOST_PSNR, float(10 * np.log10(255**2 / error)))
+
+
+def _decoded(tokens: np.ndarray, decode: Decode) -> np.ndarray:
+    return decode(tokens.reshape(-1, IMAGE_GRID, IMAGE_GRID))
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
