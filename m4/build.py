@@ -38,8 +38,9 @@ def data_root(config: TrainConfig) -> Path:
     if config.data.root is not None:
         root = Path(config.data.root)
         if not root.is_dir():
+            found = "is not a folder" if root.exists() else "is not there"
             raise ConfigError(
-                f"data.root: {root} is not there; prepare it with python -m m4.data prepare, "
+                f"data.root: {root} {found}; prepare it with python -m m4.data prepare, "
                 "or set data.root=null for the embedded sample set"
             )
         return root

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy
 import torch
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 MODEL_FILE, STATE_FILE, META_FILE = "model.safetensors", "state.pt", "meta.json"
 FORMAT = 1
+_META_KEYS = {"step": int, "data_fingerprint": str, "samples_per_step": int, "config": dict, "files": dict}
 
 # What may change between a checkpoint and the run that resumes it. Everything else makes it another run: data, masks,
 # model, samples of a step, seed, length and decay. docs/contracts.md says so too.
@@ -103,8 +104,7 @@ def save_checkpoint(
     try:
         temporary.mkdir()
         save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, temporary / MODEL_FILE)
-        with open(temporary / STATE_FILE, "wb") as file:
-            torch.save(state, file)
+        _save_state(state, temporary / STATE_FILE)
         meta = {
             "format": FORMAT,
             "step": step,
@@ -126,10 +126,10 @@ def save_checkpoint(
             _remove(final)
         temporary.rename(final)
         _flush(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # torch and safetensors wrap a failed write in errors of their own.
-        if not isinstance(error, OSError) and not re.search(r"os error|writ", str(error), re.IGNORECASE):
+        # safetensors wraps a failed write in an error of its own.
+        if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         free = shutil.disk_usage(folder).free / 1e9
         raise CheckpointError(
@@ -244,6 +244,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
         files = meta["files"]
         if meta["format"] != FORMAT:
             raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, got {meta['format']}")
+        for key, kind in _META_KEYS.items():
+            if not isinstance(meta[key], kind):
+                raise TypeError(f"{key} is a {type(meta[key]).__name__}, expected {kind.__name__}")
         for name in (MODEL_FILE, STATE_FILE):
             size = (path / name).stat().st_size
             if size != files[name]["bytes"]:
@@ -253,7 +256,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / META_FILE}: cannot be read ({error})") from None
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path / META_FILE}: cannot be read ({reason})") from None
     return meta
 
 
@@ -263,6 +267,34 @@ def _digest(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 22):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+class _NotingFile:
+    """A file that keeps the error of a failed write."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    """``torch.save``, which puts an error about its zip file in the place of a failed write. Raises OSError."""
+    with open(path, "wb") as file:
+        noting = _NotingFile(file)
+        try:
+            torch.save(state, cast(BinaryIO, noting))
+        except RuntimeError as error:
+            raise noting.failure or error from error
 
 
 def _flush(path: Path) -> None:

@@ -23,6 +23,7 @@ from m4.data.store import TokenStore
 from m4.device import pick_device
 from m4.errors import CheckpointError, ConfigError
 from m4.model import M4
+from m4.run.directory import moved_along
 
 log = logging.getLogger(__name__)
 
@@ -145,12 +146,14 @@ def _find(folder: Path, config: TrainConfig, saved: str) -> Path | None:
 
 
 def _places(folder: Path, config: TrainConfig, saved: str) -> list[Path]:
-    """Where a saved path may be: as it stands if it is absolute, else from where the run was started, or from here.
+    """Where a saved path may be: as it stands if it is absolute, or moved along with the run; else from where the run
+    was started, or from here.
 
     Where it was started can be told if its folder is still in the ``output_dir`` that was given there.
     """
     if Path(saved).is_absolute():
-        return [Path(saved)]
+        moved = moved_along(folder, config, saved)
+        return [Path(saved)] if moved is None else [Path(saved), moved]
     starts = [Path.cwd()]
     output, parent = Path(config.output_dir), folder.resolve().parent
     depth = len(output.parts)  # "." has none

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_damaged_one_is_reported_and_skipped(saved, caplog, name, damage):
     assert name in caplog.text or damage is _wrong_format
 
 
+@pytest.mark.parametrize("key", ["step", "data_fingerprint", "samples_per_step", "config"])
+def test_meta_data_without_a_key_or_of_another_kind(saved, caplog, key):
+    path = saved[0] / "checkpoints" / "step-00000003" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {key: None}))
+    assert _newest_step(saved[0]) == 2
+    assert f"{path}: cannot be read ({key} is a NoneType" in caplog.text
+    del meta[key]
+    path.write_text(json.dumps(meta))
+    assert _newest_step(saved[0]) == 2
+    assert f"{path}: cannot be read (it lacks '{key}')" in caplog.text
+
+
 def test_all_damaged_or_none(saved, tmp_path_factory):
     run_dir, _ = saved
     for step in (1, 2, 3):
@@ -201,6 +215,18 @@ except ValueError as error:
     assert "cannot be written" in done.stdout
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (1, 2, 3)]
     assert _newest_step(run_dir) == 3
+
+
+@pytest.mark.parametrize("limit", [0, 500, 5_000, 30_000])
+def test_a_failed_write_of_the_state_is_an_error_of_the_disk(tmp_path, limit):
+    """torch says "unexpected pos …" for some of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint._save_state({"a": torch.ones(1000), "b": torch.ones(9000)}, tmp_path / "state.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_names_the_disk(saved, config, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from m4.evaluate import main as evaluate_main
 from m4.generate import main as generate_main
+from m4.run.directory import moved_along
 from m4.saved_run import SavedRun
 from tests.saved_runs import edit_saved_config, save_run, saved_config, write_data
 
@@ -39,6 +40,34 @@ def test_a_moved_run_evaluates_and_generates_from_anywhere(saved_run, tmp_path, 
     assert json.loads((moved / "evaluation-eval.json").read_text())["samples"] == 6
     assert command(generate_main, "--run", moved, "--out", tmp_path / "out.png", "--steps", 1, "--samples", 1) == 0
     assert _files(cwd, saved_run.parent) == []
+
+
+@pytest.mark.parametrize("data", ["root", "sample_dir"])
+def test_a_project_that_moved_with_its_data(tmp_path, monkeypatch, data, caplog):
+    """Saved paths are absolute; run and data, moved together, are found as they lay to each other."""
+    project = tmp_path / "home" / "project"
+    config = saved_config(write_data(project / "data" / "tokens", {"train": 3, "eval": 2}), project / "runs")
+    folder = save_run(config, steps=(1,))
+    edit_saved_config(folder, **({} if data == "root" else {"root": None, "sample_dir": config.data.root}))
+    assert SavedRun.open(folder).root == project / "data" / "tokens"
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for run in (moved / "runs" / "small", Path("moved/runs/small")):
+        assert SavedRun.open(run).root == moved / "data" / "tokens"
+    # The place that was saved goes first, and where neither is there, both are named.
+    write_data(Path(config.data.root), {"eval": 1})
+    assert SavedRun.open(moved / "runs" / "small").root == project / "data" / "tokens"
+    shutil.rmtree(project)
+    shutil.rmtree(moved / "data")
+    with pytest.raises(
+        ValueError, match=rf"is not in {project}/data/tokens or {moved}/data/tokens; name it with --data"
+    ):
+        SavedRun.open(moved / "runs" / "small")
+
+
+def test_paths_that_share_only_the_root_did_not_move_together(tmp_path):
+    config = saved_config(Path("/somewhere/data"), Path("/elsewhere/runs"))
+    assert moved_along(tmp_path / "small", config, config.data.root) is None
 
 
 def _old_run(tmp_path, **data):
@@ -115,7 +144,7 @@ def test_damaged_checkpoints_are_named(saved_run):
     for text, said in (
         ("{", "cannot be read"),
         (json.dumps({**meta, "config": {**meta["config"], "dim": 3}}), "dim: unknown key"),
-        (json.dumps({**meta, "config": [1]}), "configuration"),
+        (json.dumps({**meta, "config": [1]}), "config is a list, expected dict"),
         (json.dumps({key: value for key, value in meta.items() if key != "config"}), "lacks 'config'"),
     ):
         (folder / "meta.json").write_text(text)

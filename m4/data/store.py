@@ -92,12 +92,12 @@ def open_store(
         folder = Path(cache_dir)
         layout.update(os.fsencode(root.resolve()))
     index_path = folder / f"{split}-{layout.hexdigest()[:16]}.json"
-    index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
+    index = _read_index(index_path, stamp, len(pids), max_seq_lens)
     if index is None:
         _make_cache_folder(folder)
         with locked(folder / f".{index_path.stem}.lock", str(folder)):
             # Another process may have built it meanwhile.
-            index = _read_index(index_path, stamp, len(pids) * sum(max_seq_lens))
+            index = _read_index(index_path, stamp, len(pids), max_seq_lens)
             if index is None:
                 index = _build(root, split, index_path, files, pids, modalities, max_seq_lens, vocab_sizes, stamp)
     for note in index.get("notes", ()):  # what was assumed, whenever it is relied on
@@ -128,15 +128,18 @@ def _survey(root: Path, split: str, modalities: list[str], pids: list[str]) -> t
     return files, stamp
 
 
-def _read_index(path: Path, stamp: FileStamp, values: int) -> dict | None:
+def _read_index(path: Path, stamp: FileStamp, samples: int, max_seq_lens: Sequence[int]) -> dict | None:
     """The index of a cache that is whole and up to date, else None."""
     try:
         index = json.loads(path.read_text())
         current = index["stamp"] == stamp.hexdigest() and {"fingerprint", "largest"} <= index.keys()
-        whole = (path.parent / index["data"]).stat().st_size == 2 * values
+        whole = (path.parent / index["data"]).stat().st_size == 2 * samples * sum(max_seq_lens)
+        for largest, row in index["largest"]:
+            whole = whole and isinstance(largest, int) and row in range(samples)
+        whole = whole and len(index["largest"]) == len(max_seq_lens)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # not UTF-8, not JSON, not our keys
         _log.warning("%s is damaged (%s); building it anew", path, error)
         return None
     return index if current and whole else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -22,7 +23,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 QUIET_SECONDS = 10.0  # between lines where there is no terminal to draw a bar on
+SILENT_SECONDS = 30.0  # after so long without a figure, a line says that the work goes on
 _REDRAW_SECONDS = 0.1
+_WATCH_SECONDS = 5.0
 _DAY = 86400.0
 _RUN_OF_MINUTES = (
     "model.dim=96 model.head_dim=32 model.enc_depth=2 model.dec_depth=2 batch_size=8 global_batch_size=8 lr=0.006 "
@@ -32,6 +35,8 @@ _RUN_OF_MINUTES = (
 
 class ProgressDisplay:
     """How far a long piece of work is: a bar on a terminal; elsewhere a line, at most one in ten seconds.
+
+    A thread says that the work goes on where a unit of it, such as a batch of a large model on a CPU, takes minutes.
 
     Args:
         total, done: units of the whole, and those done before.
@@ -50,14 +55,20 @@ class ProgressDisplay:
         )
         self.draws = not self._bar.disable  # whether there is a terminal to draw on
         self._last = -math.inf if self.draws else time.monotonic()
+        self._text, self._told = "", time.monotonic()  # what was shown last, or would have been; and when
+        self._spoke = self._told  # when anything was last written, that the work goes on included
+        self._closed = threading.Event()
+        _open.append(self)
+        threading.Thread(target=self._watch, name="progress", daemon=True).start()
 
     def show(self, text: str, advance: int = 0, *, at_once: bool = False) -> None:
         """Move on by so many units and put the text beside the bar, or on a line; `at_once` or when it is time."""
         self._bar.n += advance
         now = time.monotonic()
+        self._text, self._told = text, now
         due = at_once or now - self._last >= (_REDRAW_SECONDS if self.draws else QUIET_SECONDS)
         if due:
-            self._last = now
+            self._last = self._spoke = now
         if self.draws:
             self._bar.set_postfix_str(text, refresh=due)
         elif due:
@@ -69,7 +80,29 @@ class ProgressDisplay:
 
     def close(self) -> None:
         """Leave the bar as it stands, or take it away."""
+        self._closed.set()
+        if self in _open:
+            _open.remove(self)
         self._bar.close()
+
+    def say_it_goes_on(self) -> None:
+        """Write how long nothing new was shown, if that is long and no piece of work within this one is shown."""
+        now = time.monotonic()
+        if now - max(self._told, self._spoke) < SILENT_SECONDS or self is not _open[-1]:
+            return
+        self._spoke = now
+        text = f"{self._text or 'at work'}; at work on the next for {duration_text(now - self._told)}"
+        if self.draws:
+            self._bar.set_postfix_str(text)
+        else:
+            log.info("%s", text)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_WATCH_SECONDS):
+            self.say_it_goes_on()
+
+
+_open: list[ProgressDisplay] = []  # the innermost last
 
 
 def show_progress(
@@ -110,6 +143,7 @@ class TrainingProgress:
     def start(self) -> None:
         """Draw the bar and start the clock, after everything that happens only once."""
         self._display = ProgressDisplay(self._schedule.samples, self._state.position)
+        self._display.show(f"step {self._state.step + 1}/{self._schedule.steps}")
         self._start = time.monotonic()
 
     def micro_batch(self, samples: int, valid_tokens: int) -> None:

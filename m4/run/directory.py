@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,16 +25,32 @@ from m4.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
+SUMMARY_FILE = "summary.json"
+
 
 def resolve_paths(config: TrainConfig) -> TrainConfig:
-    """The same run with absolute paths, as it is saved: it can then be used from any folder."""
+    """The same run with absolute paths, as it is saved: it can then be used from any folder. ~ is the home folder."""
     data = replace(
         config.data,
-        root=config.data.root and os.path.abspath(config.data.root),
-        sample_dir=os.path.abspath(config.data.sample_dir),
-        cache_dir=config.data.cache_dir and os.path.abspath(config.data.cache_dir),
+        root=config.data.root and _absolute(config.data.root),
+        sample_dir=_absolute(config.data.sample_dir),
+        cache_dir=config.data.cache_dir and _absolute(config.data.cache_dir),
     )
-    return replace(config, data=data, output_dir=os.path.abspath(config.output_dir))
+    return replace(config, data=data, output_dir=_absolute(config.output_dir))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def moved_along(folder: Path, config: TrainConfig, saved: str) -> Path | None:
+    """Where a saved path would be, had it moved together with the run: seen from ``folder``, where the run is now, it
+    lies as it lay seen from where the run was saved. None for paths that shared nothing but the root."""
+    before, now = config.run_dir, folder.resolve()
+    if not (before.is_absolute() and os.path.isabs(saved)) or os.path.commonpath([before, saved]) == os.sep:
+        return None
+    place = Path(os.path.normpath(now / os.path.relpath(saved, before)))
+    return None if place == Path(saved) else place
 
 
 def check_not_moved(config_file: Path, config: TrainConfig, overrides: Sequence[str]) -> None:
@@ -43,9 +60,14 @@ def check_not_moved(config_file: Path, config: TrainConfig, overrides: Sequence[
     chosen = any(override.startswith(("run_name=", "output_dir=")) for override in overrides)
     is_run = config_file.name == "config.yaml" and (folder / "checkpoints").is_dir()
     if is_run and not chosen and config.run_dir.resolve() != folder:
+        here = [f"output_dir={folder.parent}", f"run_name={folder.name}"]
+        for key in ("root", "sample_dir", "cache_dir"):
+            saved = getattr(config.data, key)
+            place = None if saved is None or os.path.exists(saved) else moved_along(folder, config, saved)
+            here += [f"data.{key}={place}"] if place is not None and place.is_dir() else []
         raise ConfigError(
             f"{config_file}: expected in {config.run_dir}, where this run was saved, found in {folder}; to resume it "
-            f"here add output_dir={folder.parent} run_name={folder.name}, for a new run add run_name=NAME"
+            f"here add {shlex.join(here)}, for a new run add run_name=NAME"
         )
 
 
@@ -78,6 +100,14 @@ def check_room(run_dir: Path, checkpoint_bytes: int) -> None:
         )
 
 
+def summarised_step(run_dir: Path) -> int | None:
+    """The step that the summary of a run is of; None where there is none, or a damaged one."""
+    try:
+        return json.loads((run_dir / SUMMARY_FILE).read_bytes())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_summary(config: TrainConfig, schedule: Schedule, state: LoopState, device: torch.device) -> None:
     """Write summary.json and log how the wall clock compares with the reference."""
     speed = state.position / state.seconds if state.seconds else None
@@ -103,7 +133,7 @@ def write_summary(config: TrainConfig, schedule: Schedule, state: LoopState, dev
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    write_atomically(config.run_dir / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(config.run_dir / SUMMARY_FILE, (json.dumps(summary, indent=1) + "\n").encode())
     if projected and reference:
         log.info(
             "trained for %s; at this speed the whole recipe of this configuration takes %s, the reference took %s",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,7 +35,7 @@ from m4.evaluation.next_moment import next_moment_of
 from m4.evaluation.table import next_line
 from m4.files import write_atomically
 from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
-from m4.run.directory import check_room, only_process, resolve_paths, write_summary
+from m4.run.directory import check_room, only_process, resolve_paths, summarised_step, write_summary
 from m4.run.metrics import RunLog
 from m4.run.signals import Interrupted, StopSignals
 from m4.run.state import LoopState, random_state, set_random_state
@@ -119,20 +120,21 @@ class Trainer:
             self.resume()
             self.announce()
             if self.state.step >= self.schedule.steps:
+                if summarised_step(self.config.run_dir) != self.state.step:  # the disk was full, or a kill came
+                    self.summarise()
                 log.info("the run is complete (%d steps); for another one set run_name=NAME", self.state.step)
                 return 0
             self.log = RunLog(self.config.run_dir, self.config, self._saved_step)
-            try:
-                self.prepare()
-                self.loop()
-            except Interrupted as interrupted:
-                self.optimizer.zero_grad(set_to_none=True)
-                log.info("stopping on %s after step %d", interrupted, self.state.step)
-                self.save()
-                log.info("to resume, give the same command again:\n  %s", command)
-                return interrupted.exit_status
-            finally:
-                self.close()
+            with self.closing():
+                try:
+                    self.prepare()
+                    self.loop()
+                except Interrupted as interrupted:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    log.info("stopping on %s after step %d", interrupted, self.state.step)
+                    self.save()
+                    log.info("to resume, give the same command again:\n  %s", command)
+                    return interrupted.exit_status
         if self.state.step < self.schedule.steps:
             stop, steps = self.config.stop_after_steps, self.schedule.steps
             log.info("stopped at stop_after_steps=%d of %d steps; raise or drop it to go on", stop, steps)
@@ -340,16 +342,35 @@ class Trainer:
         """Record the step with a batch of the usual shapes; parameters and moments stay as they are."""
         self.step.record(self.batches.example(self.state.position), recorder, self.schedule.accumulation)
 
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close the bar and the loggers and write the summary, however the block ends."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            try:
+                self.summarise()
+            except OSError as error:  # the lesser of two errors
+                log.error("%s", error)
+            raise
+        self.close()
+        self.summarise()
+
     def close(self) -> None:
-        """Close the bar and the loggers and write the summary; what cannot be written is said."""
+        """Close the bar and the loggers; what they cannot write is said."""
         self.progress.close()
         if self.log is not None:
             self.log.close()
             self.log = None
+
+    def summarise(self) -> None:
+        """Write the summary. Raises OSError with the remedy."""
         try:
             write_summary(self.config, self.schedule, self.state, self.device)
         except OSError as error:
-            log.error("%s", error)
+            reason = f"{error.strerror}; mend that and give the same command again: it writes the summary"
+            raise OSError(error.errno, reason, error.filename) from error
 
 
 def _open_stores(config: TrainConfig) -> Stores:

@@ -1,5 +1,6 @@
 """The packed store: what it accepts, what it refuses, and when it builds itself anew."""
 
+import json
 import os
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_changed_data_is_packed_anew(tmp_path):
     assert len(open_it(write(root, *more))) == 9
 
 
-@pytest.mark.parametrize("harm", ["truncate", "no data", "no json", "wrong json"])
+@pytest.mark.parametrize("harm", ["truncate", "no data", "no json", "wrong json", "no maxima", "other maxima"])
 def test_damaged_cache_is_packed_anew(tmp_path, harm):
     rgb, coords = tokens()
     root = write(tmp_path, rgb, coords)
@@ -126,6 +127,9 @@ def test_damaged_cache_is_packed_anew(tmp_path, harm):
         data.write_bytes(data.read_bytes()[:-100])
     elif harm == "no data":
         data.unlink()
+    elif harm.endswith("maxima"):
+        maxima = [] if harm == "no maxima" else [[1, 0], [1, 99]]
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"largest": maxima}))
     else:
         index.write_text("{" if harm == "no json" else "{}")
     np.testing.assert_array_equal(open_it(root).tokens, expected(rgb, coords))

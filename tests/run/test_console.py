@@ -2,6 +2,7 @@
 
 import io
 import logging
+import threading
 
 import pytest
 
@@ -44,6 +45,44 @@ def test_a_log_gets_a_line_every_ten_seconds(clock, lines):
         "evaluating: 192 of 480 samples, 16 samples/s, 0:00:18 left",
         "evaluating: 384 of 480 samples, 16 samples/s, 6 s left",
     ]
+
+
+def test_a_long_wait_for_a_figure_shows_that_the_work_goes_on(clock, lines, monkeypatch):
+    outer, display = ProgressDisplay(10), ProgressDisplay(4)
+    display.show("evaluating: 4 samples")
+    for seconds in (29.0, 1.0, 29.0, 1.0):
+        clock[0] += seconds
+        display.say_it_goes_on()
+        outer.say_it_goes_on()  # another is shown within it
+    assert lines.messages == [
+        "evaluating: 4 samples; at work on the next for 0:00:30",
+        "evaluating: 4 samples; at work on the next for 0:01:00",
+    ]
+    display.close()
+    outer.say_it_goes_on()
+    assert lines.messages[2:] == ["at work; at work on the next for 0:01:00"]
+    outer.close()
+    monkeypatch.setattr(console.sys, "stderr", Terminal())
+    display = ProgressDisplay(4)
+    display.show("evaluating: 4 samples")
+    clock[0] += 40.0
+    display.say_it_goes_on()
+    assert "at work on the next for 0:00:40" in console.sys.stderr.getvalue()
+    display.close()
+
+
+def test_a_thread_watches_and_ends_with_the_display(monkeypatch):
+    monkeypatch.setattr(console, "_WATCH_SECONDS", 0.01)
+    said = threading.Event()
+    monkeypatch.setattr(ProgressDisplay, "say_it_goes_on", lambda self: said.set())
+    before = threading.active_count()
+    display = ProgressDisplay(4)
+    assert said.wait(10)
+    display.close()
+    for thread in threading.enumerate():
+        if thread.name == "progress" and thread is not threading.current_thread():
+            thread.join(10)
+    assert threading.active_count() <= before
 
 
 def test_a_short_piece_of_work_says_nothing(clock, lines):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 
@@ -74,11 +75,35 @@ def test_a_run_that_moved_says_how_to_go_on(project):
     (project / "runs" / "tiny").rename(moved)
     done = _train(project, moved / "config.yaml")
     assert done.returncode == 2
-    assert f"output_dir={moved.parent} run_name=first" in done.stderr
+    assert shlex.join([f"output_dir={moved.parent}", "run_name=first"]) in done.stderr
     assert not (project / "runs" / "tiny").exists()
     done = _train(project, moved / "config.yaml", f"output_dir={moved.parent}", "run_name=first", "stop_after_steps=3")
     assert done.returncode == 0, done.stderr
     assert newest_whole(moved)[1]["step"] == 3
+
+
+def test_a_moved_project_says_where_its_data_is(project):
+    """Run and data moved together, the old place is gone: the saved configuration says what to add, and that works."""
+    assert _train(project, "tiny.yaml", "data.cache_dir=cache").returncode == 0
+    moved = project.rename(project.parent / "moved home")
+    done = _train(moved, "runs/tiny/config.yaml")
+    assert done.returncode == 2
+    said = done.stderr.partition("to resume it here add ")[2].partition(", for a new run")[0]
+    added = [f"output_dir={moved / 'runs'}", "run_name=tiny", f"data.root={moved / 'tokens'}"]
+    assert shlex.split(said) == [*added, f"data.cache_dir={moved / 'cache'}"]
+    done = _train(moved, "runs/tiny/config.yaml", *shlex.split(said), "stop_after_steps=3")
+    assert done.returncode == 0, done.stderr
+    assert newest_whole(moved / "runs" / "tiny")[1]["step"] == 3
+    assert not project.exists()
+
+
+def test_home_folder(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.output_dir, config.data.root, config.data.cache_dir = "~/runs", "~/data", "~"
+    config.data.sample_dir = "~/sample"
+    found = resolve_paths(config)
+    assert (found.output_dir, found.data.root) == (str(tmp_path / "runs"), str(tmp_path / "data"))
+    assert (found.data.cache_dir, found.data.sample_dir) == (str(tmp_path), str(tmp_path / "sample"))
 
 
 def test_a_new_run_from_a_saved_configuration(config, tmp_path):

@@ -109,10 +109,29 @@ def test_a_summary_that_cannot_be_written_is_said(config, log, monkeypatch):
         raise OSError(28, "No space left on device", "summary.json")
 
     monkeypatch.setattr(trainer, "write_summary", full)
+    config.stop_after_steps = None
+    with pytest.raises(OSError, match=r"No space left on device; .*the same command again.*summary\.json"):
+        Trainer(config).run("command")
+    assert not (config.run_dir / "summary.json").exists()
+    monkeypatch.undo()
     assert Trainer(config).run("command") == 0
-    assert ("m4.training.trainer", logging.ERROR, "[Errno 28] No space left on device: 'summary.json'") in (
-        log.record_tuples
-    )
+    assert json.loads((config.run_dir / "summary.json").read_text())["steps"] == 20
+
+
+def test_a_summary_beside_a_greater_error_is_only_said(config, log, monkeypatch):
+    from m4.training import trainer
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "summary.json")
+
+    def broken(*_):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(trainer, "write_summary", full)
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    with pytest.raises(ValueError, match="broken"):
+        Trainer(config).run("command")
+    assert "No space left on device; mend that" in log.text
 
 
 @pytest.mark.parametrize(
