@@ -109,7 +109,7 @@ class Op:
             return True
         for place in self._tensors:
             x = args[place]
-            if x is not None and (x.is_neg() or not (x.is_cpu or x.is_cuda) or x.layout is not _strided):
+            if x is not None and (x.is_neg() or not (x.is_cpu or x.is_cuda) or x.layout is not _strided or x.is_nested):
                 self._refuse_layouts(args)
                 return True
         return False

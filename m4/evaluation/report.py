@@ -89,7 +89,11 @@ def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | Non
         },
         "next": _next_figures(next_moment, model, store, train, samples, run),
     }
-    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    try:
+        write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    except OSError:  # a disk that filled up meanwhile does not take minutes of work with it
+        print(report_table(report))
+        raise
     return report
 
 

@@ -1,6 +1,7 @@
 """The prediction of the next moment: of a run that was really trained, whatever the batch size, and of odd data."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -259,6 +260,16 @@ def _edited(data, root, **sizes):
     meta["modalities"] |= {name: {"vocab_size": size} for name, size in sizes.items()}
     (root / "meta.json").write_text(json.dumps(meta))
     return root
+
+
+def test_a_disk_that_fills_up_does_not_take_the_table_with_it(trained, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("m4.evaluation.report.write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_run(SavedRun.open(trained))
+    assert "nats a token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

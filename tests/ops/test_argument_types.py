@@ -219,6 +219,7 @@ def test_refusals_name_the_argument(function: Any, change: dict[str, Any], messa
 
 ACCEPTED: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = [
     (quantize, {"canvas": np.float64(100), "bins": np.int64(777)}, {"canvas": 100.0, "bins": 777}),
+    (quantize, {"scale": 2, "offset": [1, 3]}, {"scale": 2.0, "offset": [1.0, 3.0]}),
     (quantize, {"canvas": np.float32(100), "bins": np.uint16(777)}, {"canvas": 100.0, "bins": 777}),
     (quantize, {"canvas": 100}, {"canvas": 100.0}),
     (mask, {"seed": np.int64(-3), "epoch": np.int32(4)}, {"seed": -3, "epoch": 4}),

@@ -91,9 +91,13 @@ def _as_tensor(name: str, value: Any, xy: Tensor) -> Tensor:
     """What stands for a tensor, on the device of xy; a copy, since an array may be read-only or in foreign order."""
     device = _checks.tensor("quantize_coords: xy", xy).device
     if torch.compiler.is_compiling():  # which traces NumPy, but not all of it
-        return torch.as_tensor(value, device=device)
+        tensor = torch.as_tensor(value, device=device)
+        whole = not isinstance(value, np.ndarray) and not (tensor.is_floating_point() or tensor.dtype == torch.bool)
+        return tensor.double() if whole else tensor
     try:
         array = np.array(value, order="C")
+        if array.dtype.kind in "iu" and not isinstance(value, np.ndarray):
+            array = array.astype(np.float64)  # 2 is as good a number as 2.0
         return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False), device=device)
     except (TypeError, ValueError) as error:
         raise ValueError(
