@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -170,3 +171,11 @@ def _discard_output() -> None:
 def _discard(stream: TextIO) -> None:
     """Send to nowhere what a stream still holds; Python would complain about it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def python_command() -> str:
+    """How to type the running interpreter: ``python`` where that is it, else its path, as in .venv/bin/python."""
+    found, running = shutil.which("python"), os.path.abspath(sys.executable)
+    if found is not None and os.path.abspath(found) == running:
+        return "python"
+    return os.path.relpath(running) if running.startswith(os.getcwd() + os.sep) else running

@@ -283,6 +283,22 @@ def _is_scalar(key: str) -> bool:
     return kind is not None and is_scalar(kind)
 
 
+# What other trainers call our keys.
+_OTHER_WORDS = {
+    "learning_rate": "lr",
+    "min_learning_rate": "min_lr",
+    "epochs": "total_tokens",
+    "num_epochs": "total_tokens",
+    "max_steps": "stop_after_steps",
+    "warmup_steps": "token_warmup",
+    "gradient_clipping": "clip_grad",
+    "precision": "dtype",
+    "data_path": "data.root",
+    "dataset": "data.root",
+    "use_wandb": "log.wandb",
+}
+
+
 def _unknown_key(key: str, value: Any) -> str:
     known = list(_schema()) + nano4m_config.KNOWN_KEYS
     if key in _sections():
@@ -290,7 +306,8 @@ def _unknown_key(key: str, value: Any) -> str:
         return f"{key}: expected a section with the keys {inside}, got {shown(value)}"
     # A key on the wrong level (dim for model.dim) is as likely as a slip of the pen.
     nearest = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    nearest = nearest or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    words = {name: name for name in known} | _OTHER_WORDS
+    nearest = nearest or [words[word] for word in difflib.get_close_matches(key, words, n=1, cutoff=0.0)]
     return f"{shortened(key)}: unknown key (value {shown(value)}); the nearest known key is {nearest[0]}"
 
 

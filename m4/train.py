@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from m4.arguments import CommandParser
-from m4.cli import run_command
+from m4.cli import python_command, run_command
 from m4.config import load_config
 from m4.run.directory import check_not_moved
 from m4.training.trainer import Trainer
@@ -25,7 +25,7 @@ def main() -> int:
     check_not_moved(arguments.config, config, arguments.overrides)
     for note in notes:
         log.info("%s", note)
-    return Trainer(config).run(shlex.join(["python", "-m", "m4.train", *sys.argv[1:]]))
+    return Trainer(config).run(shlex.join([python_command(), "-m", "m4.train", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 
-from m4.cli import exit_status
+from m4.cli import exit_status, python_command
 from m4.data.__main__ import main as data_main
 from m4.errors import ConfigError
 from m4.run.signals import Interrupted
@@ -157,3 +157,16 @@ def test_statistics_on_a_latin_terminal(picture_data):
     )
     assert done.returncode == 0, done.stderr
     assert "histogram over 0 ... " in done.stdout.decode("latin-1")
+
+
+def test_the_interpreter_is_named_as_it_can_be_typed(tmp_path, monkeypatch):
+    running = tmp_path / "venv" / "bin" / "python"
+    running.parent.mkdir(parents=True)
+    running.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(running))
+    monkeypatch.chdir(tmp_path)
+    assert python_command() == "venv/bin/python"
+    monkeypatch.chdir("/")
+    assert python_command() == str(running)
+    monkeypatch.setenv("PATH", str(running.parent))
+    assert python_command() == "python"

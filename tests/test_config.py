@@ -106,6 +106,8 @@ def test_overrides_win_and_sections_merge():
 
 # Each: override, then what the one error must say: the key, the value, and the nearest key or what is expected.
 FAULTS = [
+    ("learing_rate=0.1", ["learing_rate", "nearest known key is lr"]),
+    ("epochs=3", ["epochs", "nearest known key is total_tokens"]),
     ("batch_sise=4", ["batch_sise", "4", "batch_size"]),
     ("model.dims=4", ["model.dims", "model.dim"]),
     ("dim=640", ["dim", "640", "model.dim"]),

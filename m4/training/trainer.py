@@ -131,7 +131,7 @@ class Trainer:
                     self.loop()
                 except Interrupted as interrupted:
                     self.optimizer.zero_grad(set_to_none=True)
-                    log.info("stopping on %s after step %d", interrupted, self.state.step)
+                    log.info("stopping on %s after step %d; saving what is not saved yet", interrupted, self.state.step)
                     self.save()
                     log.info("to resume, give the same command again:\n  %s", command)
                     return interrupted.exit_status
