@@ -89,7 +89,7 @@ def peer(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tokens],
 
 
 BACKENDS = backends("linear_cross_entropy")
-BASELINES = ("reference", "whole logits packed", "whole logits padded")
+BASELINES: tuple[str, ...] = ("reference", "whole logits packed", "whole logits padded")
 if ON_GPU:
     BASELINES += ("whole logits compiled",)
 elif hasattr(torch.nn.functional, "linear_cross_entropy"):  # torch 2.13

@@ -55,7 +55,7 @@ def trainer() -> Trainer:
     config = TrainConfig(batch_size=1, global_batch_size=1, device="cpu", run_name="benchmark")
     config.log.every = 10**9  # nothing is said
     rows = np.zeros((1, sum(M4_MAX_SEQ_LENS)), dtype=np.uint16)
-    store = TokenStore(tokens=rows, lengths=None, fingerprint="", pids=())
+    store = TokenStore(tokens=rows, fingerprint="", pids=())
     return Trainer(config, stores=Stores(store, store))
 
 
