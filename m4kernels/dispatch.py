@@ -202,9 +202,8 @@ class Dispatcher(Generic[B]):
                     f"{self.op}: backend {named!r} cannot run: {why_not}. Usable here: {', '.join(usable)}"
                 )
             return named
-        device_type = call.device.type
-        for name in self.candidates(device_type):
-            why_not = unavailable(name, device_type) or self.module(name).can_run(call)
+        for name in self.candidates(call.device.type):
+            why_not = self.reason(name, call)
             if why_not is None:
                 return name
             self._say_once(name, why_not)

@@ -55,11 +55,7 @@ def generate(
     """
     config = model.config
     names = list(config.modalities)
-    unknown = sorted({*given, *wanted} - set(names))
-    if unknown or set(given) & set(wanted) or not wanted:
-        raise ValueError(
-            f"given {list(given)}, wanted {list(wanted)}: expected different modalities of {names}, at least one wanted"
-        )
+    _check_names(names, given, wanted)
     _check_numbers(steps, temperature, seed, first_sample, len(tokens))
     device = tokens.device
     layout = RowLayout.of(config)
@@ -111,9 +107,11 @@ def predict_at_once(
 ) -> Tensor:
     """`generate` in a single step at temperature 0: every token is predicted from what is given, and none is drawn.
 
-    Arguments and result are those of `generate`. Logits are held for some tokens at a time, of the ids they may have.
+    Arguments, result and errors are those of `generate`. Logits are held for some tokens at a time, of the ids that
+    these may have.
     """
     layout = RowLayout.of(model.config)
+    _check_names(layout.modalities, given, wanted)
     batch = whole_batch(tokens, layout, given, wanted)
     targets = batch.decoder
     decoded = model.decode(batch)
@@ -142,6 +140,14 @@ def whole_batch(tokens: Tensor, layout: RowLayout, given: Sequence[str], wanted:
         return _pack(tokens, chosen, modality, position, len(layout.modalities))
 
     return MaskedBatch(half(given), half(wanted))
+
+
+def _check_names(names: Sequence[str], given: Sequence[str], wanted: Sequence[str]) -> None:
+    if {*given, *wanted} - set(names) or set(given) & set(wanted) or not wanted:
+        raise ValueError(
+            f"given {list(given)}, wanted {list(wanted)}: expected different modalities of {list(names)}, at least one "
+            "wanted"
+        )
 
 
 def _check_numbers(steps: int, temperature: float, seed: int, first_sample: int, samples: int) -> None:

@@ -190,3 +190,11 @@ def test_a_sample_is_the_same_in_any_batch(model, tokens):
         for i in range(3)
     ]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(["nothing"], ["coords"]), (["coords"], ["coords"]), (["coords"], [])])
+@pytest.mark.parametrize("decode", [generate, predict_at_once])
+def test_names_that_cannot_be_decoded(model, decode, given, wanted):
+    tokens = torch.zeros(1, sum(model.config.max_seq_lens), dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected different modalities"):
+        decode(model, tokens, given=given, wanted=wanted)
