@@ -56,6 +56,7 @@ FREE_KEYS = {
     "compile",
     "cuda_graphs",
     "kernels",
+    "model.init",
     "stop_after_steps",
     "training_time",
     "keep_ckpts",
@@ -234,7 +235,7 @@ def _trajectory(config: dict[str, Any]) -> dict[str, Any]:
         if key in FREE_KEYS | FREE_SECTIONS | BATCH_KEYS:
             continue
         flat.update({f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value})
-    return flat
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

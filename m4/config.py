@@ -79,6 +79,7 @@ class ModelSection:
     dec_depth: int = ModelConfig.dec_depth
     head_dim: int = ModelConfig.head_dim
     mlp_ratio: float = ModelConfig.mlp_ratio
+    init: str = ModelConfig.init  # fourier, or nano4M's normal
     attention: Patterns | None = None  # {encoder, decoder, cross: full | within_modality | [[…]]}; null: full
 
 
@@ -128,6 +129,7 @@ class TrainConfig:
     num_tokens_per_sample: int = 256
     lr: float = 0.002
     min_lr: float = 1e-7
+    vocab_lr_scale: float = 1.0  # of the token embedding and the output layer, beside lr
     weight_decay: float = 0.05
     clip_grad: float | None = 1.0
     dtype: str = "fp32"
@@ -375,6 +377,7 @@ def _check(c: TrainConfig) -> None:
         require(getattr(c, key) >= ONE_TOKEN, key, f"a value above 0, at least {ONE_TOKEN:g} millions, one token")
     least, most = FLOAT32
     require(0 <= c.weight_decay <= most, "weight_decay", f"a value in 0 … {most:g}")
+    require(0 < c.vocab_lr_scale <= 1000, "vocab_lr_scale", "a value above 0 and at most 1000")
     require(
         c.clip_grad is None or least <= c.clip_grad <= most, "clip_grad", f"a value in {least:g} … {most:g}, or null"
     )

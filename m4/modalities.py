@@ -18,7 +18,10 @@ from torch import Tensor
 
 CANVAS = 256  # pixels: the side of the square that images and joints share
 IMAGE_GRID = 16  # codes along each side of an image
-IMAGE_CODES = 64_000  # of the image tokenizers
+# The finite scalar quantisation of Cosmos-0.1-Tokenizer-DI16x16, which all image tokenizers share: a code is the
+# mixed-radix number of six levels, the first changing fastest.
+IMAGE_LEVELS = (8, 8, 8, 5, 5, 5)
+IMAGE_CODES = math.prod(IMAGE_LEVELS)
 NUM_JOINTS = 13
 BINS = 8192  # of joint coordinates, per axis
 VISIBILITIES = 2  # ids of a joint's visibility: 0 hidden, 1 visible

@@ -120,6 +120,8 @@ FAULTS = [
     ("lr=nan", ["lr", "nan", "finite"]),
     ("lr=0", ["lr", "0.0", "above 0"]),
     ("lr=-1", ["lr", "-1"]),
+    ("vocab_lr_scale=0", ["vocab_lr_scale", "0.0", "above 0"]),
+    ("model.init=fourrier", ["model.init", "fourrier", "fourier, normal"]),
     ("lr=", ["lr is empty", "number"]),
     ("lr", ["lr", "key=value"]),
     ("=3", ["=3", "key=value"]),

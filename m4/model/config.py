@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INITS = ("fourier", "normal")  # m4.model.init
 KERNELS = ("auto", "reference", "reference-matmul")
 MAX_DIM, MAX_DEPTH = 65536, 1024  # more is a slip of the pen: no machine has the memory
 
@@ -46,6 +47,7 @@ class ModelConfig:
         head_dim: width of an attention head.
         mlp_ratio: hidden width of the MLP over dim.
         attention: modality sparsity.
+        init: initial values, see `m4.model.init`: "fourier", or nano4M's "normal".
         kernels: "auto" runs packed batches through m4kernels; "reference" is the padded pure-PyTorch path with a dense
             boolean mask, SDPA and whole logits; "reference-matmul" the same with an explicit masked softmax.
 
@@ -62,6 +64,7 @@ class ModelConfig:
     head_dim: int = 64
     mlp_ratio: float = 4.0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    init: str = "fourier"
     kernels: str = "auto"
 
     def __post_init__(self) -> None:
@@ -93,6 +96,8 @@ class ModelConfig:
                 f"mlp_ratio must be positive and make the hidden width dim * mlp_ratio 1 to {MAX_DIM * 16}, "
                 f"got {self.mlp_ratio}"
             )
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
         for name in ("encoder", "decoder", "cross"):

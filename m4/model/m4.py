@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
-from m4.model.init import INIT_STD
 from m4.model.layers import DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, linear_cross_entropy
@@ -72,14 +72,14 @@ class M4(nn.Module):
         self.register_buffer("vocab_limits", torch.tensor(list(config.vocab_sizes)), persistent=False)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Weights from N(0, 0.02²); norms at 1, biases and the output layer at 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INIT_STD)
-        nn.init.zeros_(self.dec_context_proj.bias)
+        """Initial values by ``config.init``, drawn from the global generator."""
+        init.normal(self.modules())
         nn.init.zeros_(self.to_logits.weight)
+        if self.config.init == "fourier":
+            init.fourier_rows(self.enc_tok_emb, self.to_logits, self.config)
+            init.tell_modalities_apart([self.enc_mod_emb, self.dec_mod_emb])
+            init.copy_by_position(self.dec_context_proj, [block.cross_attn for block in self.decoder.blocks])
 
     def num_parameters(self) -> int:
         """Number of trainable parameters."""

@@ -11,25 +11,38 @@ from m4.config import TrainConfig
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+VOCABULARY = ("enc_tok_emb.weight", "to_logits.weight")  # a row for every id
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: weights and embeddings decay; norms and biases (fewer than two dimensions) do not."""
+    """AdamW; weights and embeddings decay, norms and biases (fewer than two dimensions) do not.
+
+    The rows of the vocabulary (token embedding and output layer) have a group of their own where their learning rate
+    is another, ``config.vocab_lr_scale`` times the rate.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    weights = [(name, p) for name, p in named if p.ndim >= 2]
+    apart = VOCABULARY if config.vocab_lr_scale != 1 else ()
     groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in weights if name not in apart], "weight_decay": config.weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in weights if name in apart],
+            "weight_decay": config.weight_decay,
+            "lr_scale": config.vocab_lr_scale,
+        },
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=BETAS, eps=EPS, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of every group; in place where it is a tensor, which a captured step reads."""
+    """The rate of every group, times its ``lr_scale``; in place where it is a tensor, which a captured step reads."""
     for group in optimizer.param_groups:
+        scaled = rate * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(scaled)
         else:
-            group["lr"] = rate
+            group["lr"] = scaled
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -7,13 +7,12 @@ from typing import Protocol
 import numpy as np
 
 from m4.errors import data_error
-from m4.modalities import CANVAS, IMAGE_CODES, IMAGE_GRID
+from m4.modalities import CANVAS, IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS
 
 IMAGE_SIZE, GRID, VOCAB_SIZE = CANVAS, IMAGE_GRID, IMAGE_CODES
 
-# The finite scalar quantisation of Cosmos-0.1-Tokenizer-DI16x16: an id is the mixed-radix number of six levels.
-LEVELS = (8, 8, 8, 5, 5, 5)
-BASIS = (1, 8, 64, 512, 2560, 12800)
+LEVELS = IMAGE_LEVELS
+BASIS = (1, 8, 64, 512, 2560, 12800)  # what a step of each level adds to an id
 
 
 class ImageTokenizer(Protocol):
