@@ -21,6 +21,9 @@ inline constexpr int kLanes = 16;
 
 M4K_INLINE vfloat load(const float* p) { return _mm512_loadu_ps(p); }
 M4K_INLINE void store(float* p, vfloat x) { _mm512_storeu_ps(p, x); }
+// Past the caches: p a multiple of the register's size. stream_end() before another thread reads it.
+M4K_INLINE void stream(float* p, vfloat x) { _mm512_stream_ps(p, x); }
+M4K_INLINE void stream_end() { _mm_sfence(); }
 M4K_INLINE vfloat splat(float x) { return _mm512_set1_ps(x); }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
 M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
@@ -49,6 +52,8 @@ inline constexpr int kLanes = 8;
 
 M4K_INLINE vfloat load(const float* p) { return _mm256_loadu_ps(p); }
 M4K_INLINE void store(float* p, vfloat x) { _mm256_storeu_ps(p, x); }
+M4K_INLINE void stream(float* p, vfloat x) { _mm256_stream_ps(p, x); }
+M4K_INLINE void stream_end() { _mm_sfence(); }
 M4K_INLINE vfloat splat(float x) { return _mm256_set1_ps(x); }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
 M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
@@ -90,6 +95,8 @@ M4K_INLINE vfloat load(const float* p) {
     return x;
 }
 M4K_INLINE void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
+M4K_INLINE void stream(float* p, vfloat x) { store(p, x); }
+M4K_INLINE void stream_end() {}
 M4K_INLINE vfloat splat(float x) { return vfloat{x, x, x, x}; }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(__aarch64__)

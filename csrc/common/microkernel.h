@@ -1,4 +1,4 @@
-// The register-blocked product that every matrix multiplication of attention is made of:
+// The register-blocked product that every matrix multiplication of our own is made of:
 // C[i, :] (+)= scale[i] * sum over p of A[i, p] * B[p, :], for at most kRows rows and kVectors registers of columns.
 #pragma once
 
