@@ -22,54 +22,70 @@ int64_t units(int64_t n) { return (n + kUnit - 1) / kUnit; }
 int64_t padded(int64_t n) { return units(n) * kUnit; }
 int64_t odd_lines(int64_t n) { return (units(n) | 1) * kUnit; }
 
-// Rows of the weight whose distance is a large power of two share one set of the L1 cache: such a block is copied.
-bool needs_copy(int64_t weight_row) { return weight_row * 4 % 2048 == 0; }
-
 int useful_threads(int64_t work, int threads) {
     return static_cast<int>(std::clamp<int64_t>(work / kMinWorkPerThread, 1, threads));
 }
 
+FusedSize size_of(const FusedArgs& a) {
+    return {a.dim,
+            a.classes,
+            a.dx != nullptr,
+            a.dweight != nullptr,
+            copies_weight(a.weight, a.bf16_products),
+            a.bf16_products,
+            useful_threads(a.count * a.classes * a.dim, a.threads)};
+}
+
 }  // namespace
 
-FusedLayout::FusedLayout(int64_t rows, int64_t dim, int64_t classes, int64_t weight_row, bool dx, bool dweight,
-                         int threads)
-    : step(odd_lines(rows)), block(dim > kWideDim ? kNarrowBlock : kBlock), blocks((classes + block - 1) / block) {
-    parts = std::min<int64_t>(blocks, std::max(kParts, threads));
-    copy_step = needs_copy(weight_row) ? odd_lines(dim) : 0;
+// Rows whose distance is a large power of two share one set of the L1 cache.
+bool copies_weight(const FusedSource& w, bool bf16_products) {
+    return bf16_products || w.is_bf16 || w.round || w.column != 1 || w.row * 4 % 2048 == 0;
+}
+
+FusedLayout::FusedLayout(int64_t rows, const FusedSize& s)
+    : step(odd_lines(rows)),
+      block(s.dim > kWideDim ? kNarrowBlock : kBlock),
+      blocks((s.classes + block - 1) / block),
+      parts(std::min<int64_t>(blocks, std::max(kParts, s.threads))) {
+    const int a_word = s.bf16_products ? 2 : 1;
+    const auto words = [a_word](int64_t numbers) { return (numbers + a_word - 1) / a_word; };
+    along_step = s.copies_weight ? odd_lines(words(padded(s.dim))) : 0;
+    down_step = s.bf16_products ? odd_lines(s.dim) : 0;
     int64_t next = 0;
     const auto take = [&next](int64_t floats) {
         const int64_t at = next;
         next += padded(floats);
         return at;
     };
-    x_panels = take(padded(rows) * dim);
-    x_columns = take(dweight ? padded(dim) * rows : 0);
+    x_panels = take(padded(rows) * words(s.dim));
+    x_columns = take(s.dweight ? padded(s.dim) * words(rows) : 0);
     part_state = take(3 * parts * step);
     row_state = take(4 * step);
-    dx_parts = take(dx ? parts * dim * step : 0);
+    dx_parts = take(s.dx ? parts * s.dim * step : 0);
     thread = next;
     take(block * kPanel);
-    thread_weight = take(block * copy_step) - thread;
-    thread_gradient = take(dx || dweight ? block * step : 0) - thread;
-    thread_tail = take(dweight ? kUnit * kPanel : 0) - thread;
+    const bool gradient = s.dx || s.dweight;
+    thread_along = take(block * along_step) - thread;
+    thread_down = take(s.dx ? words(block) * down_step : 0) - thread;
+    thread_gradient = take(gradient ? block * words(step) : 0) - thread;
+    thread_gradient_down = take(s.dx && s.bf16_products ? words(block) * step : 0) - thread;
+    thread_tail = take(s.dweight ? kUnit * kPanel : 0) - thread;
     per_thread = next - thread;
-    logits = thread + threads * per_thread;
+    logits = thread + s.threads * per_thread;
 }
 
-FusedPlan plan_fused(int64_t count, int64_t dim, int64_t classes, int64_t weight_row, bool dx, bool dweight,
-                     int64_t floats, int threads) {
+FusedPlan plan_fused(int64_t count, FusedSize size, int64_t floats) {
     if (count == 0) return {1, 0, 0};
-    threads = useful_threads(count * classes * dim, threads);
-    for (int64_t most = kMaxRows; most >= kUnit; most = padded(most / 2)) {
+    size.threads = useful_threads(count * size.classes * size.dim, size.threads);
+    for (int64_t most = kMaxRows; most >= kUnit; most /= 2) {
         const int64_t chunks = (count + most - 1) / most;
         const int64_t rows = chunks == 1 ? count : padded((count + chunks - 1) / chunks);
-        const FusedLayout layout(rows, dim, classes, weight_row, dx, dweight, threads);
-        if (layout.logits <= floats) {
-            const int64_t all = dx || dweight ? padded(rows) * classes + layout.blocks * kUnit : 0;
-            const int64_t kept = std::min(floats - layout.logits, all);
-            return {rows, layout.logits + kept, kept};
-        }
-        if (most == kUnit) break;
+        const FusedLayout layout(rows, size);
+        if (layout.logits > floats) continue;
+        const int64_t all = size.dx || size.dweight ? padded(rows) * (size.classes + layout.block) : 0;
+        const int64_t kept = std::min(floats - layout.logits, all);
+        return {rows, layout.logits + kept, kept};
     }
     return {0, 0, 0};
 }
@@ -118,20 +134,21 @@ Divided divide(const FusedArgs& a, const FusedLayout& layout, int64_t first, int
 }
 
 void run_level(const FusedChunk& chunk) { M4K_CALL_LEVEL(fused_chunk, (chunk)); }
+void run_bf16_level(const FusedChunk& chunk) { M4K_CALL_BF16_LEVEL(fused_chunk_bf16, (chunk)); }
 
 }  // namespace
 
 void fused_cross_entropy(const FusedArgs& args, int64_t rows) {
-    const int threads = useful_threads(args.count * args.classes * args.dim, args.threads);
+    FusedSize size = size_of(args);
     for (int64_t first = 0; first < args.count; first += rows) {
         const int64_t n = std::min(rows, args.count - first);
-        const int64_t width = args.tokens.limit[first];
-        const FusedLayout layout(n, args.dim, width, args.weight_row, args.dx != nullptr, args.dweight != nullptr,
-                                 threads);
+        size.classes = args.tokens.limit[first];
+        const FusedLayout layout(n, size);
         const Divided d = divide(args, layout, first, n);
-        run_level(FusedChunk{args, layout, n, threads, first > 0, args.tokens.order + first, args.tokens.scale + first,
-                             d.limit.data(), d.active.data(), d.kept.data(), d.part_begin.data(), d.block_begin.data(),
-                             d.target_rows.data(), d.first.get()});
+        (args.bf16_products ? run_bf16_level : run_level)(
+            FusedChunk{args, layout, n, size.threads, first > 0, args.tokens.order + first, args.tokens.scale + first,
+                       d.limit.data(), d.active.data(), d.kept.data(), d.part_begin.data(), d.block_begin.data(),
+                       d.target_rows.data(), d.first.get()});
     }
     if (args.dweight == nullptr) return;
     const int64_t written = args.count > 0 ? args.tokens.limit[0] : 0;

@@ -19,12 +19,21 @@
 
 namespace m4k {
 
+// A matrix in memory; strides in elements.
+struct FusedSource {
+    const void* data;  // float, or bfloat16 as uint16_t
+    bool is_bf16;
+    bool round;  // floats are rounded to bfloat16
+    int64_t row, column;
+};
+
+// Whether a block of the weight is copied, since no product reads it as it lies.
+bool copies_weight(const FusedSource& weight, bool bf16_products);
+
 struct FusedArgs {
-    const void* x;  // (tokens, dim) float, or bfloat16 as uint16_t
-    bool x_is_bf16;
-    int64_t x_row, x_column;  // strides in elements
-    const float* weight;      // (classes, dim), rows contiguous
-    int64_t weight_row;
+    FusedSource x;           // (tokens, dim)
+    FusedSource weight;      // (classes, dim)
+    bool bf16_products;      // products of bfloat16 numbers, the gradients of the logits rounded too; else of floats
     const int64_t* targets;  // (tokens,)
     OrderedTokens<float> tokens;
     int64_t count;  // valid tokens
@@ -38,14 +47,22 @@ struct FusedArgs {
     int threads;
 };
 
+// What a plan depends on.
+struct FusedSize {
+    int64_t dim, classes;
+    bool dx, dweight;  // wanted
+    bool copies_weight;
+    bool bf16_products;
+    int threads;
+};
+
 // What a call is divided into.
 struct FusedPlan {
     int64_t rows;    // tokens of a chunk; 0: the workspace does not hold the smallest
     int64_t floats;  // of workspace that are of use
     int64_t logits;  // of these, for logits that would be computed twice otherwise
 };
-FusedPlan plan_fused(int64_t count, int64_t dim, int64_t classes, int64_t weight_row, bool dx, bool dweight,
-                     int64_t floats, int threads);
+FusedPlan plan_fused(int64_t count, FusedSize size, int64_t floats);
 
 // Fills nll, correct, dx and dweight, d weight rows beyond the widest vocabulary with 0; chunks of plan.rows tokens.
 void fused_cross_entropy(const FusedArgs& args, int64_t rows);
@@ -55,18 +72,18 @@ struct FusedLayout {
     static constexpr int64_t kUnit = 16;  // floats of the widest register
     static constexpr int64_t kPanel = 2 * kUnit;
 
-    int64_t step;       // of arrays with a number a token: an odd number of cache lines, so that columns use every set
-    int64_t block;      // classes of a block
-    int64_t blocks;     // of them
-    int64_t parts;      // of the blocks
-    int64_t copy_step;  // of a row of the weight's copy; 0: read as it lies
-    int64_t x_panels;   // X transposed, panels of tokens
-    int64_t x_columns;  // X, panels of columns
+    int64_t step;    // of arrays with a number a token: an odd number of cache lines, so that columns use every set
+    int64_t block;   // classes of a block
+    int64_t blocks;  // of them
+    int64_t parts;   // of the blocks
+    int64_t along_step, down_step;  // of the weight's copies (see WeightBlock); 0: read as it lies
+    int64_t x_panels;               // X transposed, panels of tokens
+    int64_t x_columns;              // X, panels of columns
     int64_t part_state, row_state, dx_parts, thread, logits;
-    int64_t thread_weight, thread_gradient, thread_tail,
-        per_thread;  // within a thread's piece; first a block of logits
+    // Within a thread's piece, which begins with a panel of a block's logits.
+    int64_t thread_along, thread_down, thread_gradient, thread_gradient_down, thread_tail, per_thread;
 
-    FusedLayout(int64_t rows, int64_t dim, int64_t classes, int64_t weight_row, bool dx, bool dweight, int threads);
+    FusedLayout(int64_t rows, const FusedSize& size);
 };
 
 // Numbers of each token of a chunk, (step,) each.
@@ -93,5 +110,6 @@ struct FusedChunk {
 };
 
 M4K_DECLARE_LEVELS(void, fused_chunk, (const FusedChunk& chunk))
+M4K_DECLARE_BF16_LEVELS(void, fused_chunk_bf16, (const FusedChunk& chunk))
 
 }  // namespace m4k

@@ -26,6 +26,8 @@ FEW_LOGITS = 2**22
 FEW_ROWS = 24
 CLASSES_A_SUM = 512
 
+# Of fewer classes than this a block is no work for two threads, and x is brought along for too little.
+FEWEST_CLASSES = 400
 # Bytes of the token table, nll and what is gathered beside them.
 FIXED_BYTES_A_TOKEN = 40
 
@@ -65,22 +67,30 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
 def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor, dweight: Tensor) -> bool:
     """Fill nll, correct, dx and dweight with the extension's products; False where they cannot or should not serve."""
     x, weight = call.x, call.weight
-    if not (call.operand_dtype == torch.float32 == x.dtype == weight.dtype) or weight.stride(1) != 1:
+    round = call.operand_dtype == torch.bfloat16
+    if not (round or call.operand_dtype == torch.float32) or weight.shape[0] < FEWEST_CLASSES:
+        return False
+    if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
         return False
     extension, (classes, dim), threads = _ext.require(), weight.shape, torch.get_num_threads()
-    shape = {"count": count, "dim": dim, "classes": classes, "weight_row": weight.stride(0)}
-    room = call.max_workspace_bytes - call.x.shape[0] * FIXED_BYTES_A_TOKEN
-    rows, floats, _ = extension.lce_fused_plan(
-        **shape, x_grad=call.x_grad, weight_grad=call.weight_grad, bytes=max(0, room), threads=threads
-    )
+    shape: dict[str, int] = {"count": count, "dim": dim, "classes": classes, "threads": threads}
+    shape |= {
+        "round": round,
+        "bf16_products": round and multiplies_bf16(),
+        "weight_is_bf16": weight.dtype != torch.float32,
+    }
+    shape |= {"weight_row": weight.stride(0), "weight_column": weight.stride(1)}
+    room = call.max_workspace_bytes - x.shape[0] * FIXED_BYTES_A_TOKEN
+    plan = {"x_grad": call.x_grad, "weight_grad": call.weight_grad, "bytes": max(0, room)}
+    rows, floats, _ = extension.lce_fused_plan(**shape, **plan)
     if rows == 0:
         return False
     with _workspace(floats) as workspace:
-        extension.lce_fused_f32(
+        extension.lce_fused(
             **pointers,
             **shape,
             x=x.data_ptr(),
-            x_is_bf16=False,
+            x_is_bf16=x.dtype != torch.float32,
             x_row=x.stride(0),
             x_column=x.stride(1),
             weight=weight.data_ptr(),
@@ -89,9 +99,13 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
             workspace=workspace.data_ptr(),
             floats=floats,
             rows=rows,
-            threads=threads,
         )
     return True
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 numbers; where not, products of rounded operands are of float32."""
+    return _ext.require().simd_level() == "avx512bf16"
 
 
 @contextmanager
