@@ -45,8 +45,11 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 X86_LEVELS = {
     "portable": [],
     "avx2": AVX2,
-    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx512": (AVX512 := [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]),
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-DM4K_SIMD_AVX512"],
 }
+# Only files of this name are compiled for it.
+ONLY = {"avx512bf16": "_bf16_cpu.cpp"}
 # Contraction into FMA would make backends differ in the last bit; kernels that want FMA ask for it by name.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
@@ -299,7 +302,7 @@ def write_ninja(folder: Path, cxx: Sequence[str], cuda: tuple[str, list[int]] | 
 
     cpu = [name for name in names if name.endswith("_cpu.cpp")]
     for level, flags in simd_levels().items():
-        for name in cpu:
+        for name in (name for name in cpu if name.endswith(ONLY.get(level, ""))):
             edge("cxx", name, f".{level}", [f"-DM4K_SIMD_{level.upper()}", *flags])
     for name in names:
         if name.endswith(".cpp") and name not in cpu:

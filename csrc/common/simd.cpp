@@ -14,13 +14,14 @@ SimdLevel best_level() {
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return SimdLevel::avx512bf16;
     if (avx512) return SimdLevel::avx512;
     if (avx2) return SimdLevel::avx2;
 #endif
     return SimdLevel::portable;
 }
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
 
 SimdLevel& current() {
     static SimdLevel level = best_level();
@@ -39,7 +40,7 @@ void set_simd_level(const char* name) {
         current() = best;
         return;
     }
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
         if (std::strcmp(name, kNames[i]) != 0) continue;
         if (i > static_cast<int>(best)) {
             throw std::invalid_argument(std::string("SIMD level '") + name + "' is not available: the best here is '" +
@@ -49,7 +50,7 @@ void set_simd_level(const char* name) {
         return;
     }
     throw std::invalid_argument(std::string("SIMD level '") + name +
-                                "' is unknown: expected auto, portable, avx2 or avx512");
+                                "' is unknown: expected auto, portable, avx2, avx512 or avx512bf16");
 }
 
 }  // namespace m4k

@@ -21,6 +21,9 @@ inline constexpr int kLanes = 16;
 
 M4K_INLINE vfloat load(const float* p) { return _mm512_loadu_ps(p); }
 M4K_INLINE void store(float* p, vfloat x) { _mm512_storeu_ps(p, x); }
+// Past the caches: p a multiple of the register's size. stream_end() before another thread reads it.
+M4K_INLINE void stream(float* p, vfloat x) { _mm512_stream_ps(p, x); }
+M4K_INLINE void stream_end() { _mm_sfence(); }
 M4K_INLINE vfloat splat(float x) { return _mm512_set1_ps(x); }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
 M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
@@ -42,6 +45,30 @@ M4K_INLINE vfloat load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// A register of words of two bfloat16: the first in the low half.
+M4K_INLINE vfloat low_bf16(vfloat x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 16)); }
+M4K_INLINE vfloat high_bf16(vfloat x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
+}
+// To the nearest bfloat16, half to even; a NaN stays one.
+M4K_INLINE vfloat round_bf16(vfloat x) {
+    const __m512i bits = _mm512_castps_si512(x),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return high_bf16(_mm512_castsi512_ps(_mm512_mask_blend_epi32(is_nan, rounded, nan)));
+}
+// Words of numbers that are bfloat16 already.
+M4K_INLINE vfloat pair_bf16(vfloat first, vfloat second) {
+    return _mm512_castsi512_ps(
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second)));
+}
+M4K_INLINE void store_bf16(uint16_t* p, vfloat x) {
+    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+
 #elif defined(M4K_SIMD_AVX2)
 
 using vfloat = __m256;
@@ -49,6 +76,8 @@ inline constexpr int kLanes = 8;
 
 M4K_INLINE vfloat load(const float* p) { return _mm256_loadu_ps(p); }
 M4K_INLINE void store(float* p, vfloat x) { _mm256_storeu_ps(p, x); }
+M4K_INLINE void stream(float* p, vfloat x) { _mm256_stream_ps(p, x); }
+M4K_INLINE void stream_end() { _mm_sfence(); }
 M4K_INLINE vfloat splat(float x) { return _mm256_set1_ps(x); }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
 M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
@@ -77,6 +106,24 @@ M4K_INLINE vfloat load_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+M4K_INLINE vfloat low_bf16(vfloat x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16)); }
+M4K_INLINE vfloat high_bf16(vfloat x) { return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(-65536))); }
+M4K_INLINE vfloat round_bf16(vfloat x) {
+    const __m256i bits = _mm256_castps_si256(x),
+                  odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 nan = _mm256_or_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
+    return high_bf16(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+M4K_INLINE vfloat pair_bf16(vfloat first, vfloat second) {
+    return _mm256_or_ps(_mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(first), 16)), second);
+}
+M4K_INLINE void store_bf16(uint16_t* p, vfloat x) {
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+
 #else
 
 // Four lanes in the compilers' own vector type: SSE2 on x86-64, NEON on aarch64.
@@ -90,6 +137,8 @@ M4K_INLINE vfloat load(const float* p) {
     return x;
 }
 M4K_INLINE void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
+M4K_INLINE void stream(float* p, vfloat x) { store(p, x); }
+M4K_INLINE void stream_end() {}
 M4K_INLINE vfloat splat(float x) { return vfloat{x, x, x, x}; }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(__aarch64__)
@@ -125,6 +174,33 @@ M4K_INLINE vfloat load_bf16(const uint16_t* p) {
     vfloat x;
     std::memcpy(&x, bits, sizeof x);
     return x;
+}
+
+M4K_INLINE vint as_bits(vfloat x) {
+    vint bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+M4K_INLINE vfloat from_bits(vint bits) {
+    vfloat x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+M4K_INLINE vfloat low_bf16(vfloat x) { return from_bits(as_bits(x) << 16); }
+M4K_INLINE vfloat high_bf16(vfloat x) { return from_bits(as_bits(x) & -65536); }
+M4K_INLINE vfloat round_bf16(vfloat x) {
+    typedef uint32_t vuint __attribute__((vector_size(16)));
+    const vuint bits = (vuint)as_bits(x);
+    const vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u), nan = bits | 0x400000u;
+    return high_bf16(from_bits((vint)(x == x ? rounded : nan)));
+}
+M4K_INLINE vfloat pair_bf16(vfloat first, vfloat second) {
+    typedef uint32_t vuint __attribute__((vector_size(16)));
+    return from_bits((vint)((vuint)as_bits(first) >> 16) | as_bits(second));
+}
+M4K_INLINE void store_bf16(uint16_t* p, vfloat x) {
+    const vint bits = as_bits(x);
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint16_t>(static_cast<uint32_t>(bits[i]) >> 16);
 }
 
 #endif

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "common/pointer.h"
+#include "linear_cross_entropy/fused.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace m4k {
@@ -58,12 +59,42 @@ void define(py::module_& m, const char* order_name, const char* pass_name, const
     def_by_name<&weighted_loss<T>, "order", "scale", "nll", "count", "out">(m, loss_name);
 }
 
+std::tuple<int64_t, int64_t, int64_t> fused_plan(int64_t count, int64_t dim, int64_t classes, bool x_grad,
+                                                 bool weight_grad, bool weight_is_bf16, int64_t weight_row,
+                                                 int64_t weight_column, bool round, bool bf16_products, int64_t bytes,
+                                                 int threads) {
+    const bool copies = copies_weight({nullptr, weight_is_bf16, round, weight_row, weight_column}, bf16_products);
+    const FusedSize size{dim, classes, x_grad, weight_grad, copies, bf16_products, threads};
+    const FusedPlan plan = plan_fused(count, size, bytes / 4);
+    return {plan.rows, plan.floats, plan.logits};
+}
+
+void fused(uintptr_t x, bool x_is_bf16, int64_t x_row, int64_t x_column, uintptr_t weight, bool weight_is_bf16,
+           int64_t weight_row, int64_t weight_column, bool round, bool bf16_products, uintptr_t targets,
+           uintptr_t order, uintptr_t limit, uintptr_t scale, int64_t count, int64_t dim, int64_t classes,
+           uintptr_t nll, uintptr_t correct, uintptr_t dx, uintptr_t dweight, uintptr_t workspace, int64_t floats,
+           int64_t rows, int threads) {
+    fused_cross_entropy(
+        FusedArgs{FusedSource{as_ptr<const void>(x), x_is_bf16, round, x_row, x_column},
+                  FusedSource{as_ptr<const void>(weight), weight_is_bf16, round, weight_row, weight_column},
+                  bf16_products, as_ptr<const int64_t>(targets),
+                  OrderedTokens<float>{as_ptr<int64_t>(order), as_ptr<int64_t>(limit), as_ptr<float>(scale)}, count,
+                  dim, classes, as_ptr<float>(nll), as_ptr<bool>(correct), as_ptr<float>(dx), as_ptr<float>(dweight),
+                  as_ptr<float>(workspace), floats, threads},
+        rows);
+}
+
 }  // namespace
 
 void bind_linear_cross_entropy(py::module_& m) {
     define<float>(m, "lce_order_f32", "lce_pass_f32", "lce_loss_f32");
     define<double>(m, "lce_order_f64", "lce_pass_f64", "lce_loss_f64");
     def_by_name<&plan, "limit", "count", "bytes", "per_logit", "per_row", "max_rows">(m, "lce_plan");
+    def_by_name<&fused_plan, "count", "dim", "classes", "x_grad", "weight_grad", "weight_is_bf16", "weight_row",
+                "weight_column", "round", "bf16_products", "bytes", "threads">(m, "lce_fused_plan");
+    def_by_name<&fused, "x", "x_is_bf16", "x_row", "x_column", "weight", "weight_is_bf16", "weight_row",
+                "weight_column", "round", "bf16_products", "targets", "order", "limit", "scale", "count", "dim",
+                "classes", "nll", "correct", "dx", "dweight", "workspace", "floats", "rows", "threads">(m, "lce_fused");
 }
 
 }  // namespace m4k

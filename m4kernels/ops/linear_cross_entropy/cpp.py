@@ -5,6 +5,10 @@ Only valid tokens are multiplied, and a chunk only with the classes that its tok
 their vocabulary limit, widest first.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -22,13 +26,21 @@ FEW_LOGITS = 2**22
 FEW_ROWS = 24
 CLASSES_A_SUM = 512
 
+# Of fewer classes than this a block is no work for two threads, and x is brought along for too little.
+FEWEST_CLASSES = 400
+# Bytes of the token table, nll and what is gathered beside them.
+FIXED_BYTES_A_TOKEN = 40
+
 can_run = runs_always
+
+_kept: dict[str, Tensor] = {}
+_kept_lock = threading.Lock()
 
 
 def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As reference.linear_cross_entropy."""
     extension, dtype = _ext.require(), call.result_dtype
-    double, itemsize = dtype == torch.float64, dtype.itemsize
+    double = dtype == torch.float64
     (tokens, dim), classes = call.x.shape, call.weight.shape[0]
     targets = call.targets.contiguous()
     table = torch.empty(3 * tokens, dtype=torch.int64)  # of the valid tokens: index, limit, factor in the loss
@@ -36,21 +48,97 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     tokens_at = {name: table.data_ptr() + 8 * i * tokens for i, name in enumerate(("order", "limit", "scale"))}
     count = _order(call, targets, tokens_at)
     order = table[:count] if count < tokens or call.vocab_limit is not None else None
-    everything = order is None or (count == tokens and bool((order.diff() == 1).all()))
-
     new = torch.empty if count == tokens else torch.zeros
     nll = new(tokens, dtype=dtype)
     correct = new(tokens, dtype=torch.bool)
     dx = new((tokens, dim) if call.x_grad else 0, dtype=dtype)
     dweight = torch.empty((classes, dim) if call.weight_grad else 0, dtype=dtype)
 
+    pointers = tokens_at | {"targets": targets.data_ptr(), "nll": nll.data_ptr(), "correct": correct.data_ptr()}
+    if not _fused(call, pointers, count, dx, dweight):
+        _in_library(call, pointers, order, count, dx, dweight)
+    loss = torch.empty((), dtype=dtype)
+    (extension.lce_loss_f64 if double else extension.lce_loss_f32)(
+        order=tokens_at["order"], scale=tokens_at["scale"], nll=nll.data_ptr(), count=count, out=loss.data_ptr()
+    )
+    return loss, nll, correct, dx, dweight
+
+
+def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor, dweight: Tensor) -> bool:
+    """Fill nll, correct, dx and dweight with the extension's products; False where they cannot or should not serve."""
+    x, weight = call.x, call.weight
+    round = call.operand_dtype == torch.bfloat16
+    if not (round or call.operand_dtype == torch.float32) or weight.shape[0] < FEWEST_CLASSES:
+        return False
+    if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
+        return False
+    extension, (classes, dim), threads = _ext.require(), weight.shape, torch.get_num_threads()
+    shape: dict[str, int] = {"count": count, "dim": dim, "classes": classes, "threads": threads}
+    shape |= {
+        "round": round,
+        "bf16_products": round and multiplies_bf16(),
+        "weight_is_bf16": weight.dtype != torch.float32,
+    }
+    shape |= {"weight_row": weight.stride(0), "weight_column": weight.stride(1)}
+    room = call.max_workspace_bytes - x.shape[0] * FIXED_BYTES_A_TOKEN
+    plan = {"x_grad": call.x_grad, "weight_grad": call.weight_grad, "bytes": max(0, room)}
+    rows, floats, _ = extension.lce_fused_plan(**shape, **plan)
+    if rows == 0:
+        return False
+    with _workspace(floats) as workspace:
+        extension.lce_fused(
+            **pointers,
+            **shape,
+            x=x.data_ptr(),
+            x_is_bf16=x.dtype != torch.float32,
+            x_row=x.stride(0),
+            x_column=x.stride(1),
+            weight=weight.data_ptr(),
+            dx=dx.data_ptr() if call.x_grad else 0,
+            dweight=dweight.data_ptr() if call.weight_grad else 0,
+            workspace=workspace.data_ptr(),
+            floats=floats,
+            rows=rows,
+        )
+    return True
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 numbers; where not, products of rounded operands are of float32."""
+    return _ext.require().simd_level() == "avx512bf16"
+
+
+@contextmanager
+def _workspace(floats: int) -> Iterator[Tensor]:
+    """Memory for one call at a time, kept for the next: fresh memory costs 0.45 ms a MiB."""
+    if not _kept_lock.acquire(blocking=False):
+        yield torch.empty(floats)
+        return
+    try:
+        kept = _kept.get("workspace")
+        if kept is None or kept.shape[0] < floats:
+            _kept.pop("workspace", None)
+            kept = _kept["workspace"] = torch.empty(floats)
+        yield kept
+    finally:
+        _kept_lock.release()
+
+
+def _in_library(
+    call: LossArguments, pointers: dict[str, int], order: Tensor | None, count: int, dx: Tensor, dweight: Tensor
+) -> None:
+    """Fill nll, correct, dx and dweight with the library's matrix products over whole chunks of logits."""
+    extension, dtype = _ext.require(), call.result_dtype
+    double, itemsize = dtype == torch.float64, dtype.itemsize
+    (tokens, dim), classes = call.x.shape, call.weight.shape[0]
+    everything = order is None or (count == tokens and bool((order.diff() == 1).all()))
     convert_x = not (everything and call.x.dtype == call.operand_dtype == dtype and call.x.is_contiguous())
     # A row: its logits, x gathered and converted (beside the previous chunk's), its gradient.
     per_row_aside = dim * itemsize * (4 * convert_x + 2 * (call.x_grad and not everything))
     room, block = call.divide_workspace(tokens * (32 + 2 * itemsize), classes * itemsize + per_row_aside)
     max_rows = max(MAX_ROWS, FEW_LOGITS // classes)
     chunks = extension.lce_plan(
-        limit=tokens_at["limit"],
+        limit=pointers["limit"],
         count=count,
         bytes=room,
         per_logit=itemsize,
@@ -58,7 +146,6 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
         max_rows=max_rows,
     )
     workspace = torch.empty(max((rows * width for _, rows, width in chunks), default=0), dtype=dtype)
-    pointers = tokens_at | {"targets": targets.data_ptr(), "nll": nll.data_ptr(), "correct": correct.data_ptr()}
     run_pass = extension.lce_pass_f64 if double else extension.lce_pass_f32
     gradient, threads = call.x_grad or call.weight_grad, torch.get_num_threads()
     written = 0  # classes of dweight that hold a value
@@ -99,11 +186,6 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
             dx.index_copy_(0, order[members], dx_rows)
     if call.weight_grad and written < classes:
         dweight[written:].zero_()
-    loss = torch.empty((), dtype=dtype)
-    (extension.lce_loss_f64 if double else extension.lce_loss_f32)(
-        order=tokens_at["order"], scale=tokens_at["scale"], nll=nll.data_ptr(), count=count, out=loss.data_ptr()
-    )
-    return loss, nll, correct, dx, dweight
 
 
 def _order(call: LossArguments, targets: Tensor, tokens_at: dict[str, int]) -> int:

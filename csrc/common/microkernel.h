@@ -1,4 +1,4 @@
-// The register-blocked product that every matrix multiplication of attention is made of:
+// The register-blocked product that every matrix multiplication of our own is made of:
 // C[i, :] (+)= scale[i] * sum over p of A[i, p] * B[p, :], for at most kRows rows and kVectors registers of columns.
 #pragma once
 
@@ -17,6 +17,23 @@ inline constexpr int kRows = 6;
 inline constexpr int kVectors = 2;
 inline constexpr int kPanel = kVectors * kLanes;  // columns of a whole register block
 
+// What a step of the depth does to a register of sums: one product a lane, or of words of two bfloat16 both products.
+struct Floats {
+    static constexpr int kNumbers = 1;  // a word
+    M4K_INLINE_MEMBER static vfloat multiply(vfloat a, vfloat b, vfloat sum) { return fma(a, b, sum); }
+};
+struct Bf16Pairs {
+    static constexpr int kNumbers = 2;
+    M4K_INLINE_MEMBER static vfloat multiply(vfloat a, vfloat b, vfloat sum) {
+#if defined(M4K_SIMD_AVX512BF16)
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+        return fma(high_bf16(a), high_bf16(b), fma(low_bf16(a), low_bf16(b), sum));
+#endif
+    }
+};
+
+// A and B are float, or bfloat16 in pairs along the depth: then their elements, strides and the depth are of words.
 struct Product {
     const float* a;  // element (i, p) at a[i * a_row + p * a_step]
     int64_t a_row;
@@ -30,7 +47,7 @@ struct Product {
     int64_t scale_step;
 };
 
-template <int Rows, int Vectors, bool Add>
+template <int Rows, int Vectors, bool Add, typename Kind>
 static void block_product(const Product& x) {
     vfloat acc[Rows][Vectors];
 #pragma GCC unroll 16
@@ -49,7 +66,7 @@ static void block_product(const Product& x) {
         for (int i = 0; i < Rows; ++i) {
             const vfloat av = splat(a[i * row]);
 #pragma GCC unroll 2
-            for (int n = 0; n < Vectors; ++n) acc[i][n] = fma(av, bv[n], acc[i][n]);
+            for (int n = 0; n < Vectors; ++n) acc[i][n] = Kind::multiply(av, bv[n], acc[i][n]);
         }
         a += a_step;
         b += b_row;
@@ -68,15 +85,15 @@ static void block_product(const Product& x) {
 
 using BlockProduct = void (*)(const Product&);
 
-template <bool Add, int... Index>
+template <bool Add, typename Kind, int... Index>
 static constexpr BlockProduct pick_block(int rows, int vectors, std::integer_sequence<int, Index...>) {
-    constexpr BlockProduct table[] = {block_product<Index / kVectors + 1, Index % kVectors + 1, Add>...};
+    constexpr BlockProduct table[] = {block_product<Index / kVectors + 1, Index % kVectors + 1, Add, Kind>...};
     return table[(rows - 1) * kVectors + vectors - 1];
 }
 
-template <bool Add>
+template <bool Add, typename Kind = Floats>
 M4K_INLINE void run_block(int rows, int vectors, const Product& x) {
-    pick_block<Add>(rows, vectors, std::make_integer_sequence<int, kRows * kVectors>{})(x);
+    pick_block<Add, Kind>(rows, vectors, std::make_integer_sequence<int, kRows * kVectors>{})(x);
 }
 
 // Splits `total` rows into the fewest blocks of at most kRows, as equal as can be: a block of one row would wait for
@@ -93,7 +110,7 @@ struct Blocks {
 // At most kRows rows times all columns, `vectors` registers of them.
 template <bool Add>
 M4K_INLINE void rows_product(int rows, int vectors, Product x) {
-    const auto whole = pick_block<Add>(rows, kVectors, std::make_integer_sequence<int, kRows * kVectors>{});
+    const auto whole = pick_block<Add, Floats>(rows, kVectors, std::make_integer_sequence<int, kRows * kVectors>{});
     for (; vectors >= kVectors; vectors -= kVectors) {
         whole(x);
         x.b += kPanel;
