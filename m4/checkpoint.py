@@ -67,6 +67,9 @@ FREE_KEYS = {
     "eval_generate_samples",
 }
 FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
+BOUND_KEYS = {"data.mirror"}  # of these sections: what training sees
+# What checkpoints that lack a key were trained with: it came later.
+BEFORE_KEYS = {"data.mirror": False}
 # May change too, which the log says: what helps a run that diverged. Weights, moments and the order of samples keep
 # their meaning under another learning rate, clipping or precision; the rate is a function of the tokens so far.
 ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "dtype"}
@@ -176,7 +179,7 @@ def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identi
     Returns:
         A line for each setting that changed and may.
     """
-    saved, now = _trajectory(meta["config"]), _trajectory(config_to_dict(config))
+    saved, now = BEFORE_KEYS | _trajectory(meta["config"]), _trajectory(config_to_dict(config))
     names = {
         "samples_per_step": "samples a step (batch_size times accumulation)",
         "data_fingerprint": "data fingerprint",
@@ -232,9 +235,10 @@ def _trajectory(config: dict[str, Any]) -> dict[str, Any]:
     """Dotted key → value of what must not change on resuming."""
     flat = {}
     for key, value in config.items():
-        if key in FREE_KEYS | FREE_SECTIONS | BATCH_KEYS:
+        if key in FREE_KEYS | BATCH_KEYS:
             continue
-        flat.update({f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value})
+        inside = {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+        flat.update({k: v for k, v in inside.items() if key not in FREE_SECTIONS or k in BOUND_KEYS})
     return {key: value for key, value in flat.items() if key not in FREE_KEYS}
 
 

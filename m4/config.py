@@ -92,6 +92,7 @@ class DataSection:
     cache_dir: str | None = None  # null: next to the data
     train_split: str = "train"
     eval_split: str = "eval"
+    mirror: bool = False  # training samples left to right, one in two
 
 
 @dataclass

@@ -22,7 +22,22 @@ IMAGE_GRID = 16  # codes along each side of an image
 # mixed-radix number of six levels, the first changing fastest.
 IMAGE_LEVELS = (8, 8, 8, 5, 5, 5)
 IMAGE_CODES = math.prod(IMAGE_LEVELS)
-NUM_JOINTS = 13
+JOINTS = (
+    "head",
+    "left shoulder",
+    "right shoulder",
+    "left elbow",
+    "right elbow",
+    "left wrist",
+    "right wrist",
+    "left hip",
+    "right hip",
+    "left knee",
+    "right knee",
+    "left ankle",
+    "right ankle",
+)
+NUM_JOINTS = len(JOINTS)
 BINS = 8192  # of joint coordinates, per axis
 VISIBILITIES = 2  # ids of a joint's visibility: 0 hidden, 1 visible
 
@@ -75,6 +90,11 @@ TABLE: dict[str, Modality] = {
         Modality("captions", "text", ()),
     )
 }
+_OTHER_SIDE = {"left": "right", "right": "left"}
+# Which joint of a pose becomes each joint of the mirrored pose: left and right change places.
+MIRRORED_JOINTS = tuple(JOINTS.index(" ".join(_OTHER_SIDE.get(word, word) for word in name.split())) for name in JOINTS)
+# Labels put a hidden joint of which nothing is known at the origin, within so many pixels of it on either axis.
+NO_POSITION = 2
 TOKEN_SHAPES = {name: modality.shape for name, modality in TABLE.items() if modality.kind != "text"}
 
 
@@ -86,6 +106,30 @@ def modality_of(name: str, length: int) -> Modality:
     if known is not None and known.kind == "joints" and length > 0 and length % 3 == 0:
         return replace(known, shape=(3, length // 3))
     return Modality(name, "plain", (length,))
+
+
+def mirror_image(tokens: Tensor, codes: Tensor) -> Tensor:
+    """The tokens of images mirrored left to right: columns reversed, each code mirrored.
+
+    Args:
+        tokens: int64 (…, 256).
+        codes: int64 (C,), what the image tokenizer makes of each code's block mirrored (`m4.data.tokenizers`).
+    """
+    return codes[tokens.unflatten(-1, (IMAGE_GRID, IMAGE_GRID)).flip(-1)].flatten(-2)
+
+
+def mirror_joints(tokens: Tensor, bins: int) -> Tensor:
+    """The tokens of poses mirrored left to right, int64 (…, 3·13): x to bins − 1 − x, left and right joints exchanged.
+
+    A hidden joint at the origin (`NO_POSITION`) stays there, as it would in the label of the mirrored video. The result
+    is `quantize_coords` of the mirrored coordinates, but for those exactly between two bins: with 8,192 bins, rounding
+    half to even takes such a coordinate and its mirror image to bins that are one off from mirrored.
+    """
+    rows = tokens.unflatten(-1, (3, NUM_JOINTS))
+    x, y, visible = torch.stack([rows[..., joint] for joint in MIRRORED_JOINTS], dim=-1).unbind(-2)
+    corner = NO_POSITION * (bins - 1) // CANVAS
+    nowhere = (visible == 0) & (x <= corner) & (y <= corner)
+    return torch.stack([torch.where(nowhere, x, bins - 1 - x), y, visible], dim=-2).flatten(-2)
 
 
 def data_vocab_size(name: str, meta: Mapping[str, Any]) -> int:

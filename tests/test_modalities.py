@@ -1,10 +1,27 @@
 """The table of modalities, and where they stand in a row."""
 
+import numpy as np
 import pytest
 import torch
 
 from m4.config import TrainConfig
-from m4.modalities import NEXT, REFERENCE, SUCCESSORS, TABLE, TOKEN_SHAPES, RowLayout, data_vocab_size, modality_of
+from m4.modalities import (
+    BINS,
+    CANVAS,
+    JOINTS,
+    MIRRORED_JOINTS,
+    NEXT,
+    REFERENCE,
+    SUCCESSORS,
+    TABLE,
+    TOKEN_SHAPES,
+    RowLayout,
+    data_vocab_size,
+    mirror_image,
+    mirror_joints,
+    modality_of,
+)
+from m4kernels import quantize_coords
 
 OURS = ("tok_rgb", "coords", "tok_rgb_next", "coords_next")
 
@@ -84,3 +101,67 @@ def test_vocabulary_of_data():
     meta = {"modalities": {"coords": {"vocab_size": 1024}, "depth": {"vocab_size": 5}}}
     names = ("coords", "coords_next", "depth", "other")
     assert [data_vocab_size(name, meta) for name in names] == [1024, 8192, 5, 0]
+
+
+def test_joints_of_the_other_side():
+    assert MIRRORED_JOINTS == (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11)
+    assert [JOINTS[joint] for joint in MIRRORED_JOINTS[:3]] == ["head", "right shoulder", "left shoulder"]
+
+
+def _pose(xy, visible):
+    return quantize_coords(xy, visible, bins=BINS, canvas=float(CANVAS), backend="reference")
+
+
+def _mirrored_pose(xy, visible):
+    """The tokens of the mirrored coordinates."""
+    turned = torch.stack([CANVAS - xy[..., 0], xy[..., 1]], dim=-1)
+    return _pose(turned[..., list(MIRRORED_JOINTS), :], visible[..., list(MIRRORED_JOINTS)])
+
+
+def test_a_mirrored_pose_has_the_tokens_of_the_mirrored_coordinates():
+    """In the window and out of it, visible and hidden; the float64 coordinates hit no tie."""
+    random = torch.Generator().manual_seed(0)
+    xy = torch.rand(500, 13, 2, generator=random, dtype=torch.float64) * 300 - 20
+    visible = torch.rand(500, 13, generator=random) < 0.8
+    tokens = _pose(xy, visible)
+    at_origin = ((tokens[:, 26:] == 0) & (xy < 2.1).all(-1)).any(-1)  # has a test of its own
+    assert at_origin.float().mean() < 0.2
+    assert torch.equal(mirror_joints(tokens, BINS)[~at_origin], _mirrored_pose(xy, visible)[~at_origin])
+
+
+@pytest.mark.parametrize(("bins", "off"), [(8192, 1), (8191, 0)])
+def test_a_tie_is_off_by_one_bin(bins, off):
+    """(k + 1/2) and its mirror image both round to even: to bins that mirror each other if bins - 1 is even."""
+    canvas = float(bins - 1)  # so that coordinates are bins, exactly
+    x = (torch.arange(13 * 600, dtype=torch.float64) + 0.5).view(600, 13)
+    visible = torch.ones(600, 13, dtype=torch.bool)
+
+    def pose(x):
+        xy = torch.stack([x, torch.full_like(x, 7.0)], dim=-1)
+        return quantize_coords(xy, visible, bins=bins, canvas=canvas, backend="reference")
+
+    expected = pose(canvas - x[:, list(MIRRORED_JOINTS)])
+    difference = (mirror_joints(pose(x), bins) - expected).abs()
+    assert (difference[:, :13] == off).all()
+    assert (difference[:, 13:] == 0).all()
+
+
+def test_a_hidden_joint_without_a_position_stays_at_the_origin():
+    tokens = torch.tensor([*range(100, 113), *range(200, 213), *[1] * 13])
+    tokens[[1, 14, 27]] = torch.tensor([20, 33, 0])  # left shoulder: hidden, at the label's origin
+    tokens[[3, 16, 29]] = torch.tensor([0, 500, 0])  # left elbow: hidden, left of the window
+    tokens[[5, 18]] = torch.tensor([0, 0])  # left wrist: visible in the corner
+    mirrored = mirror_joints(tokens, BINS).view(3, 13)
+    assert mirrored[:, 2].tolist() == [20, 33, 0]
+    assert mirrored[:, 4].tolist() == [8191, 500, 0]
+    assert mirrored[:, 6].tolist() == [8191, 0, 1]
+    assert mirrored[:, 1].tolist() == [8191 - 102, 202, 1]
+    assert mirrored[:, 0].tolist() == [8191 - 100, 200, 1]
+
+
+def test_a_mirrored_image_has_its_columns_reversed_and_its_codes_exchanged():
+    codes = torch.arange(64_000).roll(1)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 64_000, (3, 256)))
+    mirrored = mirror_image(tokens, codes).view(3, 16, 16)
+    for row, column in ((0, 0), (5, 3), (15, 15)):
+        assert torch.equal(mirrored[:, row, column], codes[tokens.view(3, 16, 16)[:, row, 15 - column]])

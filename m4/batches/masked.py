@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from m4.batches.mirror import Mirror
 from m4.data.store import TokenStore
 from m4kernels import MaskedBatch, MaskingSpec, mask_tokens
 
@@ -23,9 +24,15 @@ def mask_rows(
     seed: int,
     device: torch.device,
     backend: str | None = None,
+    mirror: Mirror | None = None,
 ) -> MaskedBatch:
-    """Read rows (int64 (B,)) and draw the mask of each from (seed, sample id); sample_ids int64 (B,)."""
+    """Read rows (int64 (B,)) and draw the mask of each from (seed, sample id); sample_ids int64 (B,).
+
+    mirror: mirrors the samples that it draws from their ids, if given.
+    """
     tokens = store.batch(rows).to(device)
+    if mirror is not None:
+        tokens = mirror(tokens, torch.from_numpy(mirror.chosen(sample_ids)).to(device))
     ids = torch.from_numpy(np.ascontiguousarray(sample_ids)).to(device)
     return mask_tokens(tokens, spec, seed=seed, sample_ids=ids, backend=backend)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from m4.batches.masked import mask_rows
+from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
 from m4.batches.packing import deal, drawn_counts, fixed_capacity
 from m4.batches.rows import TokenRows, send
@@ -59,7 +60,8 @@ class TrainBatches:
 
     Args:
         fixed_shapes: give every micro-batch the same shapes.
-        resident: as in `m4.batches.masked.TokenRows`.
+        resident: as in `m4.batches.rows.TokenRows`.
+        mirror: mirrors the samples that it draws, if given.
     """
 
     def __init__(
@@ -73,9 +75,10 @@ class TrainBatches:
         *,
         fixed_shapes: bool,
         resident: bool | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self._store, self._order, self._spec, self._config, self._schedule = store, order, spec, config, schedule
-        self._device = device
+        self._device, self._mirror = device, mirror
         self.capacity = fixed_capacity(spec, config.batch_size, schedule.accumulation) if fixed_shapes else None
         self._rows = TokenRows(store, device, resident=resident) if fixed_shapes else None
         self._next: _Dealt | None = None
@@ -111,13 +114,16 @@ class TrainBatches:
 
     def _fixed(self, dealt: _Dealt) -> StepBatches:
         assert self._rows is not None
-        on_device = send(np.stack([dealt.sample_ids, dealt.rows]), self._device)
+        mirror, ids = self._mirror, dealt.sample_ids
+        mirrored = np.zeros_like(ids) if mirror is None else mirror.chosen(ids)
+        on_device = send(np.stack([ids, dealt.rows, mirrored]), self._device)
 
         def micro_batches() -> Iterator[MicroBatch]:
             assert self._rows is not None
             for index, rows in enumerate(dealt.rows):
+                tokens = self._rows.tokens(rows, on_device[1, index])
                 masked = mask_tokens(
-                    self._rows.tokens(rows, on_device[1, index]),
+                    tokens if mirror is None else mirror(tokens, on_device[2, index] != 0),
                     self._spec,
                     seed=self._config.seed,
                     sample_ids=on_device[0, index],
@@ -132,11 +138,14 @@ class TrainBatches:
         masked = []
         for first in range(position, position + self._schedule.samples_per_step, self._config.batch_size):
             ids = np.arange(first, first + self._config.batch_size)
-            rows = self._order.rows(ids)
-            masked.append(mask_rows(self._store, rows, ids, self._spec, seed=self._config.seed, device=self._device))
+            masked.append(self._masked_rows(ids))
         counts = torch.stack([batch.decoder.segments.counts.sum(0) for batch in masked]).sum(0)
         return StepBatches(
             counts.clamp(min=1),
             (MicroBatch(m, self._config.batch_size, len(m.encoder.ids) + len(m.decoder.ids)) for m in masked),
             counts.cpu().numpy(),
         )
+
+    def _masked_rows(self, ids: np.ndarray) -> MaskedBatch:
+        rows, seed = self._order.rows(ids), self._config.seed
+        return mask_rows(self._store, rows, ids, self._spec, seed=seed, device=self._device, mirror=self._mirror)

@@ -25,23 +25,8 @@ from scipy.io.matlab import MatReadError
 from m4.data.frames import BAD_FILE as _BAD_FILE
 from m4.data.frames import frame_names, natural_key, order_frames, read_frame, reading
 from m4.errors import DataError, data_error
+from m4.modalities import JOINTS, NUM_JOINTS
 
-JOINTS = (
-    "head",
-    "left shoulder",
-    "right shoulder",
-    "left elbow",
-    "right elbow",
-    "left wrist",
-    "right wrist",
-    "left hip",
-    "right hip",
-    "left knee",
-    "right knee",
-    "left ankle",
-    "right ankle",
-)
-NUM_JOINTS = len(JOINTS)
 VIEWS = ("front", "back", "left", "right")
 
 # Some label files state 271x481 for 270x480 footage; pixel positions are unaffected by such a margin.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from m4.batches.masked import mask_rows
+from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
 from m4.batches.packing import drawn_counts
 from m4.config import TrainConfig
@@ -44,6 +45,7 @@ class Probe:
     Args:
         model: it runs as it is, not compiled.
         order: which rows of the store are trained on, by position.
+        mirror: as in `m4.batches.train.TrainBatches`.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Probe:
         spec: MaskingSpec,
         config: TrainConfig,
         device: torch.device,
+        mirror: Mirror | None = None,
     ) -> None:
-        self._model, self._store, self._order = model, store, order
+        self._model, self._store, self._order, self._mirror = model, store, order, mirror
         self._spec, self._config, self._device = spec, config, device
 
     def divergence(self, position: int, samples: int = _FEW) -> str | None:
@@ -88,7 +91,15 @@ class Probe:
         """Losses (M,) and the gradient of each parameter by name."""
         positions = np.arange(samples) + position
         rows = self._order.rows(positions)
-        batch = mask_rows(self._store, rows, positions, self._spec, seed=self._config.seed, device=self._device)
+        batch = mask_rows(
+            self._store,
+            rows,
+            positions,
+            self._spec,
+            seed=self._config.seed,
+            device=self._device,
+            mirror=self._mirror,
+        )
         with autocast(self._config.dtype, self._device):
             losses = self._model(batch)
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from m4.batches.masked import fixed_batches
+from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
 from m4.batches.train import TrainBatches
 from m4.build import build_model, data_root, masking_spec, open_split
@@ -94,14 +95,23 @@ class Trainer:
             self.model = build_model(config, device)
             self.optimizer = build_optimizer(self.model, config)
             order = SampleOrder(len(train), config.seed)
+            mirror = Mirror.of(config, self.stores.meta, train, device)
             self.batches = TrainBatches(
-                train, order, self.spec, config, self.schedule, device, fixed_shapes=fixed, resident=resident
+                train,
+                order,
+                self.spec,
+                config,
+                self.schedule,
+                device,
+                fixed_shapes=fixed,
+                resident=resident,
+                mirror=mirror,
             )
             forward = torch.compile(self.model, dynamic=not fixed) if config.compile else self.model
             self.step = TrainStep(
                 self.model, forward, self.optimizer, config, device, self.execution, self.batches.capacity
             )
-        self.probe = Probe(self.model, train, order, self.spec, config, device)
+        self.probe = Probe(self.model, train, order, self.spec, config, device, mirror)
         self.next_moment = next_moment_of(config, self.stores.meta, self.stores.evaluation)
         self.state = LoopState()
         self.progress = TrainingProgress(config, self.schedule, self.state, device)

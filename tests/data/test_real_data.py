@@ -1,6 +1,7 @@
 """The whole way on real material: real frames, and frames rendered from real label files."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from m4.data.inspection.sheet import compare_with_frames
 from m4.data.penn_action import Label, read_label, write_label
 from m4.data.preparation.pairs import find_pairs
 from m4.data.preparation.prepare import prepare
+from m4.data.preparation.tokenize_video import joint_tokens
 from m4.data.synthetic.clips import SynthOptions
 from m4.data.synthetic.synth import synthesize
 from m4.data.tokenizers import make_tokenizer
+from m4.modalities import BINS, MIRRORED_JOINTS, NO_POSITION, mirror_joints
 from m4kernels import dequantize_coords, quantize_coords
 
 SIGMA = 3.0  # frame pixels: wide against the resampling kernel, so that its shape does not matter
@@ -136,3 +139,39 @@ def test_joints_at_the_border_of_odd_frames(size, mode):
     errors = registration(size, x + 0.5, y + 0.5, np.ones(8, bool), mode, limit=256)
     assert len(errors) == 8
     assert np.mean(errors) <= 0.1
+
+
+def _mirrored(label: Label) -> Label:
+    """The label of the mirrored video; hidden joints without a position stay at the origin."""
+    nowhere = ~label.visible & (label.x - 0.5 <= NO_POSITION) & (label.y - 0.5 <= NO_POSITION)
+    order = list(MIRRORED_JOINTS)
+    x = np.where(nowhere, label.x, label.width + 1 - label.x)
+    return replace(label, x=x[:, order], y=label.y[:, order], visible=label.visible[:, order])
+
+
+@pytest.mark.parametrize("mode", FRAMINGS)
+def test_mirrored_tokens_are_those_of_the_mirrored_label(shared_dir, mode):
+    """Of real labels with their hidden joints, at the origin or guessed: all but a few within a bin, for rounding."""
+    hidden = off = total = 0
+    for path in sorted((shared_dir / "penn_action/labels").glob("*.mat"))[::40]:
+        label = read_label(path)
+        turned = _mirrored(label)
+        for frame in range(0, len(label), 12):
+            tokens = []
+            for some in (label, turned):
+                place = some.x[frame], some.y[frame], some.visible[frame]
+                framing = frame_for((some.height, some.width), *place, mode)
+                tokens.append(torch.from_numpy(joint_tokens(some, frame, framing).astype(np.int64)).flatten())
+            mirrored = mirror_joints(tokens[0], BINS)
+            (x, y, seen), theirs = mirrored.view(3, 13), tokens[1].view(3, 13)
+            # Where the window begins decides where in the corner the label's origin is.
+            nowhere = (seen == 0) & (x <= 64) & (y <= 64)
+            assert ((seen == 0) & (theirs[:2] <= 64).all(0)).equal(nowhere)
+            difference = (mirrored.view(3, 13) - theirs).abs()[:, ~nowhere]
+            assert (difference <= 1).all()
+            assert difference[2].sum() == 0
+            off += int(difference.sum())
+            total += 39
+            hidden += int((mirrored[26:] == 0).sum())
+    assert hidden > 100
+    assert off < 0.01 * total

@@ -14,11 +14,12 @@ from m4.data.framing import frame_for
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.prepare import prepare
 from m4.data.preparation.tokenize_video import shared_tokenizer
-from m4.data.tokenizers import make_tokenizer
+from m4.data.tokenizers import make_tokenizer, mirrored_codes
 from m4.data.tokenizers.base import BASIS, LEVELS, VOCAB_SIZE
 from m4.data.tokenizers.cosmos import CosmosTokenizer
 from m4.data.tokenizers.fsq import FSQTokenizer
 from m4.errors import DataError
+from m4.modalities import mirror_image
 
 # Row 8 of the first real frame, centred.
 GOLDEN = [
@@ -68,6 +69,32 @@ def test_fsq_psnr_on_real_frames(real_images):
     quality = psnr(real_images, tokenizer.decode(tokens))
     assert quality.mean() >= 25.5
     assert quality.min() >= 23
+
+
+def _check_mirrored(images):
+    """A mirrored picture has exactly the mirrored tokens."""
+    tokenizer = FSQTokenizer()
+    tokens, turned = (torch.from_numpy(tokenizer.encode(i)).flatten(1) for i in (images, images[:, :, ::-1]))
+    codes = torch.from_numpy(mirrored_codes({"options": {"tokenizer": "fsq"}}))
+    assert torch.equal(mirror_image(tokens, codes), turned)
+    assert (tokens != turned).float().mean() > 0.5
+    # What they decode to is mirrored too, up to the rounding of a level.
+    decoded, mirrored = (tokenizer.decode(t.view(-1, 16, 16).numpy()).astype(int) for t in (tokens, turned))
+    assert np.abs(decoded[:, :, ::-1] - mirrored).max() <= 1
+
+
+def test_fsq_codes_of_mirrored_pictures():
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
+    ramps = (np.arange(256) * random.uniform(0, 40, (4, 16, 1))).repeat(16, 1)[..., None] % 256
+    _check_mirrored(noise)
+    _check_mirrored(np.broadcast_to(ramps, (4, 256, 256, 3)).astype(np.uint8))
+    codes = mirrored_codes({"options": {"tokenizer": "fsq"}})
+    assert np.array_equal(codes[codes], np.arange(64_000))
+
+
+def test_fsq_codes_of_mirrored_real_frames(real_images):
+    _check_mirrored(real_images)
 
 
 def test_fsq_reaches_every_code_and_no_other():

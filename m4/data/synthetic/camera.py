@@ -9,6 +9,7 @@ import numpy as np
 from m4.data.penn_action import NUM_JOINTS, Label
 from m4.data.synthetic.motions import FACE, L_HAND, L_TOES, NECK, NUM_POINTS, R_HAND, R_TOES
 from m4.data.synthetic.scenes import MARGIN
+from m4.modalities import NO_POSITION
 
 # Bones and their length in body heights: the longest seen in a clip is the least foreshortened.
 _BONES = ((1, 7, 0.28), (2, 8, 0.28), (7, 9, 0.235), (8, 10, 0.235), (9, 11, 0.235), (10, 12, 0.235), (1, 3, 0.165))
@@ -51,7 +52,7 @@ def track_from_label(label: Label) -> Track:
     """
     frames = len(label)
     joints = np.stack([label.x, label.y], -1) - 0.5
-    placed = np.isfinite(joints).all(-1) & (label.visible | (joints > 2).any(-1))
+    placed = np.isfinite(joints).all(-1) & (label.visible | (joints > NO_POSITION).any(-1))
     joints = np.where(placed[..., None], joints, 0.0)
     points = np.zeros((frames, NUM_POINTS, 2))
     known = np.zeros((frames, NUM_POINTS), dtype=bool)

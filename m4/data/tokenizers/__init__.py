@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from m4.data.tokenizers.base import ImageTokenizer
 from m4.errors import data_error
 
@@ -41,4 +43,23 @@ def tokenizer_of(
     return make_tokenizer(name or options.get("tokenizer", "fsq"), cosmos_dir, options.get("cosmos_dtype"))
 
 
-__all__ = ["TOKENIZERS", "ImageTokenizer", "make_tokenizer", "tokenizer_of"]
+def mirrored_codes(meta: Mapping[str, Any]) -> np.ndarray:
+    """int64 (C,): what each code of the tokenizer of data with this meta.json becomes where a picture is mirrored left
+    to right, which also reverses the columns of its grid.
+
+    Raises DataError, which names data.mirror, where that is not known without the pictures.
+    """
+    name = meta.get("options", {}).get("tokenizer")
+    if name == "fsq":
+        from m4.data.tokenizers import fsq
+
+        return fsq.mirrored_codes()
+    raise data_error(
+        "data.mirror",
+        expected="images of the tokenizer fsq, whose codes have a known mirror image",
+        actual=f"those of {name}" if name else "no meta.json that names the image tokenizer",
+        remedy="Set data.mirror=false, or prepare the data with python -m m4.data prepare --tokenizer fsq.",
+    )
+
+
+__all__ = ["TOKENIZERS", "ImageTokenizer", "make_tokenizer", "mirrored_codes", "tokenizer_of"]

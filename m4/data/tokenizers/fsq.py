@@ -69,6 +69,13 @@ class FSQTokenizer:
         return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
 
 
+def mirrored_codes() -> np.ndarray:
+    """int64 (64000,): the code of each code's block mirrored left to right, which turns its slope across around."""
+    codes = np.arange(VOCAB_SIZE)
+    across = codes // BASIS[4] % LEVELS[4]
+    return codes + (LEVELS[4] - 1 - 2 * across) * BASIS[4]
+
+
 def _quantize(value: np.ndarray, reach: float, lowest: int, highest: int) -> np.ndarray:
     """Level number from 0, on a scale whose steps grow exponentially from zero; ``reach`` is the level -lowest."""
     scaled = np.log1p(_GROWTH * np.abs(value) / reach) / np.log1p(_GROWTH) * -lowest
