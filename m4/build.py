@@ -50,7 +50,7 @@ def data_root(config: TrainConfig) -> Path:
         "your own data)",
         root,
     )
-    return make_sample_set(root)
+    return make_sample_set(root, config.data.sample_videos)
 
 
 def open_split(config: TrainConfig, root: Path, split: str) -> TokenStore:

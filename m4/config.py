@@ -89,6 +89,7 @@ class DataSection:
 
     root: str | None = None
     sample_dir: str = "data/sample"
+    sample_videos: int = 150
     cache_dir: str | None = None  # null: next to the data
     train_split: str = "train"
     eval_split: str = "eval"
@@ -385,6 +386,7 @@ def _check(c: TrainConfig) -> None:
     for key in ("keep_ckpts", "eval_samples", "stop_after_steps"):
         or_null = f", or null: {_NULL_MEANS[key]}" if key in _NULL_MEANS else ""
         require(getattr(c, key) is None or getattr(c, key) > 0, key, f"a value above 0{or_null}")
+    require(c.data.sample_videos > 0, "data.sample_videos", "a value above 0")
     require(c.log.every > 0, "log.every", "a value above 0")
     for key in ("seed", "eval_seed"):
         require(getattr(c, key) >= 0, key, "a value in 0 … 2^63 - 1")

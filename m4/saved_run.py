@@ -136,7 +136,7 @@ def _find_data(folder: Path, config: TrainConfig) -> Path:
         where = _places(folder, config, saved)[0]
         raise ConfigError(
             f"data.sample_dir: the embedded sample set, on which {folder} was trained, is not in {places}; "
-            f"name it with --data ROOT, or make it: {sample_command(where)}"
+            f"name it with --data ROOT, or make it: {sample_command(where, config.data.sample_videos)}"
         )
     raise ConfigError(f"data.root: the data of {folder} is not in {places}; name it with --data ROOT")
 

@@ -13,21 +13,21 @@ from pathlib import Path
 from m4.errors import DataError
 
 
-def make_sample_set(root: Path) -> Path:
-    """Make the sample set in ``root`` with ``python -m m4.data sample``, or find it finished there.
+def make_sample_set(root: Path, videos: int) -> Path:
+    """Make the sample set of ``videos`` videos in ``root`` with ``python -m m4.data sample``, or find it finished there.
 
     Raises DataError if that command fails, which has said why on stderr.
     """
-    done = subprocess.run([sys.executable, "-m", *_arguments(root)], stdout=sys.stderr)
+    done = subprocess.run([sys.executable, "-m", *_arguments(root, videos)], stdout=sys.stderr)
     if done.returncode != 0:
-        raise DataError(f"data.sample_dir: {sample_command(root)} ended with status {done.returncode}")
+        raise DataError(f"data.sample_dir: {sample_command(root, videos)} ended with status {done.returncode}")
     return root
 
 
-def sample_command(root: Path) -> str:
+def sample_command(root: Path, videos: int) -> str:
     """What makes the sample set, to be typed into a shell."""
-    return shlex.join(["python", "-m", *_arguments(root)])
+    return shlex.join(["python", "-m", *_arguments(root, videos)])
 
 
-def _arguments(root: Path) -> list[str]:
-    return ["m4.data", "sample", "--out", str(root)]
+def _arguments(root: Path, videos: int) -> list[str]:
+    return ["m4.data", "sample", "--out", str(root), "--videos", str(videos)]

@@ -2,13 +2,13 @@
 
 ``normal`` is nano4M's. ``fourier`` puts into them what is known before any training:
 
-- A coordinate is a bin of a scale and an image code six digits, each a scale of its own, so ids that are near each other
-  start with rows (of the token embedding and of the output layer) that are near each other: random projections of
-  features of the bin (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional
-  Domains", 2020) and of the digits (Mentzer et al., "Finite Scalar Quantization", 2023). Both layers start with the same
-  projection, so that a token that reaches the output as it was read predicts itself.
-- The next moment resembles the reference moment, token by token, so cross-attention starts with every target looking at
-  the visible tokens of its own position, and adding what it sees there to itself (identity maps as initial values:
+- A coordinate is a bin of a scale, and an image code six digits. So the rows of the token embedding and of the output
+  layer start as random projections of features: waves over the scale, which bins near each other share (Tancik et al.,
+  "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains", 2020), and the digits,
+  which codes share (Mentzer et al., "Finite Scalar Quantization", 2023). Both layers start with the same projection, so
+  that a token that reaches the output as it was read predicts itself.
+- The next moment resembles the reference moment token by token. So cross-attention starts with every target looking at
+  the visible tokens of its own position and adding what it sees there to itself (identity maps as initial values:
   Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023).
 
 Names, shapes and semantics of the weights are the same, so checkpoints are too. What was measured, and what was tried
@@ -51,7 +51,7 @@ def normal(modules: Iterable[nn.Module]) -> None:
 
 
 def bin_features(bins: int) -> Tensor:
-    """float32 (bins, 1 + 2 * FREQUENCIES), rows of length 1: a constant, sines and cosines of the place on the scale."""
+    """float32 (bins, 1 + 2 * FREQUENCIES), rows of length 1: a constant, sines, cosines of the place."""
     place = torch.linspace(0.0, 1.0, bins, dtype=torch.float64)
     octaves = torch.linspace(math.log2(LOWEST), math.log2(HIGHEST), FREQUENCIES, dtype=torch.float64)
     angle = 2 * math.pi * place[:, None] * 2.0**octaves

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS
 from m4.model import M4, ModelConfig
 from m4.model.init import FREQUENCIES, HEAD_SCALE, bin_features, code_features
-from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS
 from m4kernels import MaskedBatch, PackedTokens, Segments
 
 RUN = ModelConfig(
@@ -21,6 +21,9 @@ RUN = ModelConfig(
     dec_depth=2,
     head_dim=32,
 )
+
+
+VISIBLE_FROM = 2  # ids 0 and 1 are visibility's
 
 
 def model(config: ModelConfig, seed: int = 0) -> M4:
@@ -93,9 +96,11 @@ def test_features_of_codes_tell_digits_apart() -> None:
     features = code_features()
     assert features.shape == (IMAGE_CODES, 1 + sum(levels - 1 for levels in IMAGE_LEVELS))
     torch.testing.assert_close(features.square().sum(1), torch.ones(IMAGE_CODES))
-    one, two, four = (features[30000] @ features[30000 + step * 8] for step in (1, 2, 4))  # the second digit: 6 of 0 … 7
-    assert one > 0.8 and features.unique(dim=0).shape[0] == IMAGE_CODES
-    assert min(one, two, four) > 0  # five digits of six agree
+    assert features.unique(dim=0).shape[0] == IMAGE_CODES
+    one_digit = 2 + 8 * 3 + 64 * 4 + 512 * 1 + 2560 * 2 + 12800 * 1
+    other, all_digits = one_digit + 8, one_digit + (1 + 8 + 64 + 512 + 2560 + 12800)
+    assert features[one_digit] @ features[other] > 0.6
+    assert features[one_digit] @ features[all_digits] < 0.3
 
 
 def test_output_rows_are_the_embeddings_own() -> None:
@@ -105,7 +110,7 @@ def test_output_rows_are_the_embeddings_own() -> None:
     torch.testing.assert_close(alike, torch.ones_like(alike))
 
 
-@pytest.mark.parametrize("dim, head_dim, depth", [(96, 32, 2), (160, 32, 4)])
+@pytest.mark.parametrize(("dim", "head_dim", "depth"), [(96, 32, 2), (160, 32, 4)])
 def test_an_untrained_model_predicts_what_it_sees_at_the_target_s_place(dim: int, head_dim: int, depth: int) -> None:
     """Of the modality itself at that: x of the reference pose for x of the next pose."""
     m = model(replace(RUN, dim=dim, head_dim=head_dim, dec_depth=depth))
@@ -124,16 +129,12 @@ def test_an_untrained_model_predicts_what_it_sees_at_the_target_s_place(dim: int
     with torch.no_grad():
         logits = m.logits(MaskedBatch(packed(1), packed(3)))
     error = (logits.argmax(1) - pose.reshape(-1)).abs().float() / 32  # pixels
-    assert error.median() < 4
     chance = (pose.reshape(-1) - pose.reshape(-1)[torch.randperm(len(error), generator=g)]).abs().float() / 32
-    assert error.median() < chance.median() / 10
-
-
-VISIBLE_FROM = 2  # ids 0 and 1 are visibility's
+    assert error.median() < chance.median() / 3
 
 
 def test_other_vocabularies() -> None:
-    """Fewer bins are a coarser scale; codes of another tokenizer, and modalities of which nothing is known, stay normal."""
+    """Fewer bins are a coarser scale; other codes, and modalities of which nothing is known, stay normal."""
     m = model(replace(RUN, vocab_sizes=(500, 100, 500, 100)))
     weight = m.enc_tok_emb.weight.detach()
     assert weight[2:100].std() == pytest.approx(1.0, rel=0.3)
