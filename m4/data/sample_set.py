@@ -14,7 +14,7 @@ from m4.errors import DataError
 
 
 def make_sample_set(root: Path, videos: int) -> Path:
-    """Make the sample set of ``videos`` videos in ``root`` with ``python -m m4.data sample``, or find it finished there.
+    """Make the sample set in ``root`` with ``python -m m4.data sample``, or find it finished there.
 
     Raises DataError if that command fails, which has said why on stderr.
     """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
-from m4.model.layers import DecoderBlock, EncoderBlock, Trunk, norm
+from m4.model.layers import CrossAttention, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, linear_cross_entropy
 
@@ -79,7 +79,8 @@ class M4(nn.Module):
         if self.config.init == "fourier":
             init.fourier_rows(self.enc_tok_emb, self.to_logits, self.config)
             init.tell_modalities_apart([self.enc_mod_emb, self.dec_mod_emb])
-            init.copy_by_position(self.dec_context_proj, [block.cross_attn for block in self.decoder.blocks])
+            attentions = [module for module in self.decoder.modules() if isinstance(module, CrossAttention)]
+            init.copy_by_position(self.dec_context_proj, attentions)
 
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
