@@ -31,8 +31,9 @@ INIT_STD = 0.02  # of nano4M
 
 # Fourier features of a bin: waves over the whole scale, from half a period to 64 (a period of 4 pixels).
 FREQUENCIES, LOWEST, HIGHEST = 32, 0.5, 64.0
-# Standard deviation of an entry of the token embedding; position embeddings have 0.7.
-COORDINATE_STD, IMAGE_STD, MODALITY_STD = 1.0, 0.3, 0.5
+# Standard deviation of an entry of the embeddings; position embeddings have 0.7.
+TOKEN_STD, MODALITY_STD = 1.0, 0.5
+OWN_SHARE = 0.3  # of a modality in its embedding, beside what its kind shares
 HEAD_SCALE = 0.2  # the output layer's rows beside projections of standard deviation 1
 # Attention logit of a target and a visible token of its position, and how many times less the slowest wave of the
 # position embedding counts there than the fastest: slow waves hardly tell neighbours apart.
@@ -79,26 +80,33 @@ def fourier_rows(embedding: nn.Embedding, output: nn.Linear, config: ModelConfig
         for name, length, vocab_size in zip(config.modalities, config.max_seq_lens, config.vocab_sizes, strict=True)
     }
 
-    def set_rows(first: int, features: Tensor, std: float) -> None:
+    def set_rows(first: int, features: Tensor) -> None:
         projected = features.to(embedding.weight) @ torch.randn(features.shape[1], config.dim).to(embedding.weight)
-        embedding.weight[first : first + len(features)] = std * projected
+        embedding.weight[first : first + len(features)] = TOKEN_STD * projected
         output.weight[first : first + len(features)] = HEAD_SCALE * projected
 
     bins = min(BINS, vocab_sizes.get("joints", 0))
     if bins:
-        set_rows(0, bin_features(bins), COORDINATE_STD)
+        set_rows(0, bin_features(bins))
         # Visibility is no scale, and as bins its ids would be neighbours.
-        set_rows(0, torch.eye(VISIBILITIES), COORDINATE_STD)
+        set_rows(0, torch.eye(VISIBILITIES))
     if vocab_sizes.get("image", 0) >= IMAGE_CODES:
         # Ids below `bins` stay coordinates: few image codes are that low, those of blocks much darker at the bottom.
-        set_rows(bins, code_features()[bins:], IMAGE_STD)
+        set_rows(bins, code_features()[bins:])
 
 
 @torch.no_grad()
-def tell_modalities_apart(embeddings: Iterable[nn.Embedding]) -> None:
-    """Modality embeddings (M, D) beside which the tokens' do not drown them."""
-    for embedding in embeddings:
-        nn.init.normal_(embedding.weight, std=MODALITY_STD)
+def modality_embeddings(encoder: nn.Embedding, decoder: nn.Embedding, config: ModelConfig) -> None:
+    """Both (M, D): the same in encoder and decoder, alike for modalities of a kind (the images; the joints), so that
+    targets look at visible tokens of their kind first."""
+    kinds = [
+        modality_of(name, length).kind for name, length in zip(config.modalities, config.max_seq_lens, strict=True)
+    ]
+    shared = {kind: torch.randn(config.dim) for kind in ("image", "joints")}
+    for row, kind in enumerate(kinds):
+        of_kind, own = shared.get(kind, torch.randn(config.dim)), torch.randn(config.dim)
+        encoder.weight[row] = MODALITY_STD * (of_kind + OWN_SHARE * own)
+    decoder.weight.copy_(encoder.weight)
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class M4(nn.Module):
         nn.init.zeros_(self.to_logits.weight)
         if self.config.init == "fourier":
             init.fourier_rows(self.enc_tok_emb, self.to_logits, self.config)
-            init.tell_modalities_apart([self.enc_mod_emb, self.dec_mod_emb])
+            init.modality_embeddings(self.enc_mod_emb, self.dec_mod_emb, self.config)
             attentions = [module for module in self.decoder.modules() if isinstance(module, CrossAttention)]
             init.copy_by_position(self.dec_context_proj, attentions)
 
