@@ -88,7 +88,8 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
         "weight_is_bf16": weight.dtype != torch.float32,
     }
     shape |= {"weight_row": weight.stride(0), "weight_column": weight.stride(1)}
-    room = call.max_workspace_bytes - x.shape[0] * FIXED_BYTES_A_TOKEN
+    # No more than the logits of the library's chunks, however much is allowed: it stays allocated.
+    room = min(call.max_workspace_bytes - x.shape[0] * FIXED_BYTES_A_TOKEN, 4 * max(MAX_ROWS * classes, FEW_LOGITS))
     plan = {"x_grad": call.x_grad, "weight_grad": call.weight_grad, "bytes": max(0, room)}
     rows, floats, _ = extension.lce_fused_plan(**shape, **plan)
     if rows == 0:
