@@ -13,8 +13,9 @@ constexpr int64_t kUnit = FusedLayout::kUnit;
 constexpr int kParts = 16;
 // Classes of a block: a multiple of every level's kRows. A block of the weight and one of the gradients stay in L2.
 constexpr int64_t kBlock = 126, kNarrowBlock = 42, kWideDim = 1024;
-// Tokens of a chunk: a block of gradients stays in L2.
-constexpr int64_t kMaxRows = 768;
+// Tokens of a chunk: a block of gradients stays in L2, and logits and sums of d x together are no more than the logits
+// of the library's chunks.
+constexpr int64_t kMaxRows = 448;
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t kMinWorkPerThread = 200000;
 

@@ -10,34 +10,42 @@ namespace m4k::M4K_SIMD_NS {
 
 M4K_INLINE int64_t words_of(int64_t numbers, int a_word) { return (numbers + a_word - 1) / a_word; }
 
+M4K_INLINE vfloat load_register(const float* p) { return load(p); }
+M4K_INLINE vfloat load_register(const uint16_t* p) { return load_bf16(p); }
+M4K_INLINE float load_number(const float* p) { return *p; }
+M4K_INLINE float load_number(const uint16_t* p) {
+    const uint32_t bits = uint32_t{*p} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+template <bool Round, typename T>
+M4K_INLINE void load_numbers_as(const T* from, int64_t step, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; step == 1 && i + kLanes <= count; i += kLanes) {
+        const vfloat value = load_register(from + i);
+        store(to + i, Round ? round_bf16(value) : value);
+    }
+    for (; i < count; ++i) {
+        float lanes[kLanes] = {load_number(from + i * step)};
+        if (Round) store(lanes, round_bf16(load(lanes)));
+        to[i] = lanes[0];
+    }
+}
+
 // `count` numbers of a row from `column` on, rounded where the source says so; zeros up to `padded`.
 M4K_INLINE void load_numbers(const FusedSource& from, int64_t row, int64_t column, int64_t count, int64_t padded,
                              float* to) {
     const int64_t at = row * from.row + column * from.column;
-    int64_t i = 0;
     if (from.is_bf16) {
-        const uint16_t* p = static_cast<const uint16_t*>(from.data) + at;
-        for (; from.column == 1 && i + kLanes <= count; i += kLanes) store(to + i, load_bf16(p + i));
-        for (; i < count; ++i) {
-            const uint32_t bits = uint32_t{p[i * from.column]} << 16;
-            std::memcpy(to + i, &bits, sizeof bits);
-        }
+        load_numbers_as<false>(static_cast<const uint16_t*>(from.data) + at, from.column, count, to);
+    } else if (from.round) {
+        load_numbers_as<true>(static_cast<const float*>(from.data) + at, from.column, count, to);
     } else {
-        const float* p = static_cast<const float*>(from.data) + at;
-        if (from.column == 1) {
-            std::memcpy(to, p, sizeof(float) * count);
-        } else {
-            for (; i < count; ++i) to[i] = p[i * from.column];
-        }
+        load_numbers_as<false>(static_cast<const float*>(from.data) + at, from.column, count, to);
     }
-    for (i = count; i < padded; ++i) to[i] = 0.0f;
-    if (!from.round || from.is_bf16) return;
-    for (i = 0; i + kLanes <= padded; i += kLanes) store(to + i, round_bf16(load(to + i)));
-    for (; i < count; ++i) {
-        float lanes[kLanes] = {to[i]};
-        store(lanes, round_bf16(load(lanes)));
-        to[i] = lanes[0];
-    }
+    for (int64_t i = count; i < padded; ++i) to[i] = 0.0f;
 }
 
 // Rows of whole registers, each number in a lane of its own, into words along the rows: to[w] = rows w (Floats), or
@@ -69,7 +77,7 @@ M4K_INLINE void pack_along(const float* row, int64_t padded, float* to) {
 }
 
 // Numbers brought along at a time; even, so that pairs stay together.
-inline constexpr int64_t kPiece = 64;
+inline constexpr int64_t kPiece = 128;
 
 // Panel `panel` of X transposed: (words of dim, width) of `width` tokens, whole registers of them; 0 beyond the last.
 template <typename Kind>

@@ -20,7 +20,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["auto", "avx512", "avx2", "portable"])
+@pytest.fixture(params=["auto", "avx512bf16", "avx512", "avx2", "portable"])
 def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the compiled CPU kernels at each SIMD level that this CPU has."""
     from m4kernels import _ext

@@ -1,6 +1,7 @@
 """What only the compiled backend of linear_cross_entropy has: SIMD levels, threads, the plan of the chunks."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ def test_every_level_at_every_row_length(classes: int) -> None:
 
 
 @pytest.mark.usefixtures("simd_level")
-def test_exponential_over_its_whole_range() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_exponential_over_its_whole_range(own: bool, request: pytest.FixtureRequest) -> None:
+    if own:
+        request.getfixturevalue("own_products")
     # One token; its logits are the weights themselves, so nll[t] and the gradient show exp directly.
     z = torch.cat([torch.linspace(-120, 0, 5000), torch.tensor([-torch.inf, -1e30, -87.0, -87.4, -88.0, 0.0])])
     x = torch.ones(1, 1, requires_grad=True)
@@ -46,20 +50,107 @@ TILES = [(1, 1, 1), (15, 13, 13), (16, 14, 14), (17, 15, 15), (31, 31, 125), (32
 TILES += [(20, 512, 300), (5, 1030, 130), (800, 20, 130), (1600, 5, 40)]
 
 
-@pytest.mark.usefixtures("simd_level")
+@pytest.fixture
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension's products, for every shape and at every SIMD level, where they are emulated if need be."""
+    monkeypatch.setattr(cpp, "FEWEST_CLASSES", 1)
+    monkeypatch.setattr(cpp, "FEWEST_TOKENS", 0)
+    monkeypatch.setattr(cpp, "WIDEST", 2**20)
+    monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the library's products ran")
+
+    monkeypatch.setattr(cpp, "_in_library", refuse)
+
+
+@pytest.mark.usefixtures("simd_level", "own_products")
 @pytest.mark.parametrize(("tokens", "dim", "classes"), TILES)
 @pytest.mark.parametrize("kept", ["all", "some", "none"])
-def test_tiles_of_every_size(tokens: int, dim: int, classes: int, kept: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_every_size(tokens: int, dim: int, classes: int, kept: str, dtype: torch.dtype) -> None:
     limits = tuple({1, classes // 2 + 1, classes})
-    arguments = case(tokens, dim, classes, weighted=True, limits=limits, ignored=0.1, seed=dim)
-    count = int((arguments.targets >= 0).sum())
-    shape = {"count": count, "dim": dim, "classes": classes, "weight_row": dim, "threads": torch.get_num_threads()}
-    shape |= {"x_grad": True, "weight_grad": True}
+    arguments = case(tokens, dim, classes, weighted=True, limits=limits, ignored=0.1, seed=dim).to(dtype)
+    bf16 = dtype == torch.bfloat16
+    shape = {"count": int((arguments.targets >= 0).sum()), "dim": dim, "classes": classes}
+    shape |= {"weight_row": dim, "weight_column": 1, "weight_is_bf16": bf16, "round": bf16, "bf16_products": bf16}
+    shape |= {"x_grad": True, "weight_grad": True, "threads": torch.get_num_threads()}
     rows, floats, logits = _ext.require().lce_fused_plan(**shape, bytes=2**28)
     floats -= {"all": 0, "some": logits // 2, "none": logits}[kept]
     assert _ext.require().lce_fused_plan(**shape, bytes=4 * floats)[:2] == (rows, floats)
     workspace = 4 * floats + tokens * cpp.FIXED_BYTES_A_TOKEN
     assert_close_to_whole_logits(arguments, CPP, max_workspace_bytes=workspace)
+
+
+@pytest.mark.usefixtures("simd_level", "own_products")
+@pytest.mark.parametrize(("tokens", "dim", "classes"), [(50, 24, 200), (33, 13, 127), (1600, 5, 40)])
+def test_operands_rounded_to_bf16(tokens: int, dim: int, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, targets, _, _ = case(tokens, dim, classes)
+    rounded = Case(x.bfloat16(), weight.bfloat16(), targets, None, None)
+    truth = gradients(whole_logits, rounded.to(torch.float64))
+    plain = gradients(whole_logits, rounded)
+    for mixed in (Case(x, weight, targets, None, None), rounded._replace(weight=weight), rounded._replace(x=x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = gradients(linear_cross_entropy, mixed, CPP)
+        for a, t in zip(actual[:2], truth[:2], strict=True):  # only the operands are rounded: nothing else shows here
+            torch.testing.assert_close(a.double(), t, rtol=1e-5, atol=1e-6)
+        for name, i in (("dx", 2), ("dweight", 3)):  # the gradients of the logits are, too, as PyTorch rounds them
+            assert_within_error_budget(actual[i].float(), plain[i].float(), truth[i], what=name, floor=0, further=1e-7)
+        # Products of float32 numbers, for a processor without those of bfloat16: gradients lose nothing either.
+        monkeypatch.setattr(cpp, "multiplies_bf16", lambda: False)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = gradients(linear_cross_entropy, mixed, CPP)
+        for a, t in zip(actual[:4], truth[:4], strict=True):
+            if a.dtype == torch.float32:
+                torch.testing.assert_close(a.double(), t, rtol=1e-4, atol=1e-6)
+        monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+
+
+@pytest.mark.usefixtures("own_products")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_products_pass_on_what_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    arguments = case(40, 8, 300, ignored=0.3, limits=(300, 20)).to(dtype)
+    valid = arguments.targets >= 0
+    wide = valid & (arguments.vocab_limit == 300)
+    spoilt = int(wide.nonzero()[3])
+    arguments.x[spoilt, 2] = value
+    loss, nll, dx, dweight, correct = gradients(linear_cross_entropy, arguments, CPP)
+    assert loss.isnan()
+    assert torch.equal(nll.isnan(), torch.arange(40) == spoilt)
+    assert torch.equal(dx.isnan().any(1), torch.arange(40) == spoilt)
+    assert dweight.isnan().all()
+    assert not correct[spoilt]
+    assert (dx[~valid] == 0).all()
+    # A weight beyond a token's classes, in the same block, reaches neither its loss nor its verdict.
+    arguments = case(40, 8, 300, ignored=0.3, limits=(300, 20)).to(dtype)
+    clean = gradients(linear_cross_entropy, arguments, CPP)
+    arguments.weight[25] = value
+    nll, correct = (gradients(linear_cross_entropy, arguments, CPP)[i] for i in (1, 4))
+    assert nll[wide].isnan().all()
+    assert torch.equal(nll[~wide], clean[1][~wide])
+    assert torch.equal(correct[~wide], clean[4][~wide])
+
+
+@pytest.mark.usefixtures("simd_level", "own_products")
+def test_the_first_of_equal_classes_across_blocks_and_parts() -> None:
+    weight = torch.zeros(3000, 4)
+    weight[[5, 40, 125, 126, 2999]] = 1
+    targets = torch.tensor([5, 40, 125, 126, 2999, 0])
+    assert (
+        linear_cross_entropy(torch.ones(6, 4), weight, targets, backend="cpp").correct.tolist() == [True] + [False] * 5
+    )
+    low = torch.where(targets < 5, targets, -100)
+    out = linear_cross_entropy(torch.ones(6, 4), weight, low, vocab_limit=torch.full((6,), 5), backend="cpp")
+    assert out.correct.tolist() == [False] * 5 + [True]
+
+
+def test_calls_at_the_same_time_have_a_workspace_each() -> None:
+    arguments = case(64, 32, 3000)
+    expected = gradients(linear_cross_entropy, arguments, CPP)
+    with ThreadPoolExecutor(4) as pool:
+        for actual in pool.map(lambda _: gradients(linear_cross_entropy, arguments, CPP), range(12)):
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 SIZES = [(3, 8, 5), (64, 32, 1000), (300, 64, 5000), (1100, 48, 700), (17, 640, 20000)]
@@ -72,6 +163,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_same_bits_on_every_run(size: tuple[int, int, int], set_threads: Callable[[int], None]) -> None:
     arguments = case(*size, weighted=True, limits=(size[2], size[2] // 2 + 1))
@@ -143,6 +235,7 @@ def test_plan_separates_vocabularies() -> None:
     assert plan([], 100) == []
 
 
+@pytest.mark.usefixtures("own_products")
 def test_classes_beyond_the_limit_are_not_multiplied() -> None:
     # A product with an infinite weight leaves NaN in d x even where the class has probability 0.
     arguments = case(400, 16, 4000, limits=(4000, 40))

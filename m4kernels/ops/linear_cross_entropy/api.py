@@ -46,7 +46,8 @@ def linear_cross_entropy(
 
     Products are accumulated, and loss, nll and gradients are held, in float32 (float64 for float64 inputs); each
     gradient is rounded once, to the dtype of its input. The triton backend rounds the logits, and the gradients with
-    respect to them, to the dtype of the operands, as `x @ weight.T` and its backward pass do. Under `torch.autocast` x
+    respect to them, to the dtype of the operands, as `x @ weight.T` and its backward pass do; the cpp backend does so
+    with the gradients of bfloat16 operands, on processors that multiply bfloat16 numbers. Under `torch.autocast` x
     and weight may differ in dtype: both are rounded to the autocast dtype for the products, and a float32 weight
     receives its gradient in full float32.
     Runs give the same bits as long as the library's matrix product does: on a CPU, for a fixed number of threads.

@@ -1,8 +1,12 @@
-"""linear_cross_entropy on the CPU: the library's matrix products over chunks of tokens, and csrc/linear_cross_entropy
-between them.
+"""linear_cross_entropy on the CPU, in one of two ways.
 
-Only valid tokens are multiplied, and a chunk only with the classes that its tokens can be of: tokens are ordered by
-their vocabulary limit, widest first.
+The extension's own products (csrc/linear_cross_entropy/fused.h) run the softmax pass on blocks of logits in a core's
+cache. They serve float32 operands, and bfloat16 ones, which the processor multiplies as such where it can. The
+library's matrix products over chunks of whole logits serve the rest: float64, float16, and the shapes for which they
+are faster.
+
+Only valid tokens are multiplied, and only with the classes that they can be of: tokens are ordered by their vocabulary
+limit, widest first.
 """
 
 import threading
@@ -21,13 +25,15 @@ from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 MAX_ROWS = 512
 FEW_LOGITS = 2**22
 
-
 # Fewer rows than these, and the library sums a product over all classes one by one; it is cut into this many classes.
 FEW_ROWS = 24
 CLASSES_A_SUM = 512
 
-# Of fewer classes than this a block is no work for two threads, and x is brought along for too little.
-FEWEST_CLASSES = 400
+# Where our own products are the faster ones (measured in turns, benchmarks/NOTES.md): below, x is packed for too few
+# classes or most lanes of a register hold no token; above, a block of the weight leaves the caches.
+FEWEST_CLASSES = 1000
+FEWEST_TOKENS = 8
+WIDEST = 1024
 # Bytes of the token table, nll and what is gathered beside them.
 FIXED_BYTES_A_TOKEN = 40
 
@@ -68,7 +74,9 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
     """Fill nll, correct, dx and dweight with the extension's products; False where they cannot or should not serve."""
     x, weight = call.x, call.weight
     round = call.operand_dtype == torch.bfloat16
-    if not (round or call.operand_dtype == torch.float32) or weight.shape[0] < FEWEST_CLASSES:
+    if not (round or call.operand_dtype == torch.float32):
+        return False
+    if weight.shape[0] < FEWEST_CLASSES or weight.shape[1] > WIDEST or count < FEWEST_TOKENS:
         return False
     if not {x.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
         return False
@@ -80,7 +88,8 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
         "weight_is_bf16": weight.dtype != torch.float32,
     }
     shape |= {"weight_row": weight.stride(0), "weight_column": weight.stride(1)}
-    room = call.max_workspace_bytes - x.shape[0] * FIXED_BYTES_A_TOKEN
+    # No more than the logits of the library's chunks, however much is allowed: it stays allocated.
+    room = min(call.max_workspace_bytes - x.shape[0] * FIXED_BYTES_A_TOKEN, 4 * max(MAX_ROWS * classes, FEW_LOGITS))
     plan = {"x_grad": call.x_grad, "weight_grad": call.weight_grad, "bytes": max(0, room)}
     rows, floats, _ = extension.lce_fused_plan(**shape, **plan)
     if rows == 0:
