@@ -56,6 +56,25 @@ class DisplacementHistogram:
         weights = steps + self._places[case, axis, joint]
         return weights / weights.sum()
 
+    def draw(self, reference: np.ndarray, futures: int, seed: int) -> np.ndarray:
+        """Next poses drawn given each reference, every joint and axis on its own.
+
+        Drawn is where a joint is if it stays visible, which all joints do that an error is taken of; its visibility is
+        not drawn, but 1. A pair's draws do not depend on the pairs after it.
+
+        Args:
+            reference: integer (N, 3·J).
+        Returns:
+            int64 (futures, N, 3·J).
+        """
+        here = _rows(reference)
+        chance = np.random.default_rng(seed).random((len(here), 2, here.shape[2], futures))
+        drawn = np.ones((futures, *here.shape), dtype=np.int64)
+        for n, axis, joint in np.ndindex(chance.shape[:3]):
+            p = self.probabilities(_VISIBLE_BOTH, axis, joint, int(here[n, axis, joint]))
+            drawn[:, n, axis, joint] = np.searchsorted(p.cumsum(), chance[n, axis, joint], side="right")
+        return drawn.clip(max=self.bins - 1).reshape(futures, len(here), -1)
+
     def nats(self, reference: np.ndarray, following: np.ndarray) -> np.ndarray:
         """float64 (N, 3·J): −log P of every token of ``following`` given ``reference``, integer (N, 3·J) both."""
         here, there = _rows(reference), _rows(following)

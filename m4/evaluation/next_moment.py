@@ -23,8 +23,8 @@ from m4.device import autocast
 from m4.errors import ConfigError, DataError
 from m4.evaluation.displacement import DisplacementHistogram
 from m4.evaluation.frames import Decode, frame_figures, person_boxes
-from m4.evaluation.poses import Poses, median_pose, pose_figures
-from m4.generation.decode import predict_at_once, whole_batch
+from m4.evaluation.poses import Poses, median_pose, nearest_figures, pose_figures
+from m4.generation.decode import MAX_SEED, generate, predict_at_once, whole_batch
 from m4.modalities import NEXT, REFERENCE, VISIBILITIES, RowLayout, data_vocab_size
 from m4.model import M4
 from m4.run.console import show_progress
@@ -32,6 +32,7 @@ from m4.run.console import show_progress
 log = logging.getLogger(__name__)
 
 _SAMPLES_AT_ONCE = 16
+MOST_FUTURES = 1024
 _FRAMES, _POSES = zip(REFERENCE, NEXT, strict=True)  # pairs of names
 
 
@@ -153,10 +154,50 @@ class NextMoment:
         mean = sum(nats) / (samples * tokens_each) if self.pose else None
         return Prediction(np.concatenate(true), np.concatenate(predicted), mean)
 
-    def _batches(self, samples: int, batch_size: int) -> Iterator[np.ndarray]:
+    def futures(
+        self,
+        model: M4,
+        store: TokenStore,
+        samples: int,
+        device: torch.device,
+        *,
+        futures: int,
+        batch_size: int = _SAMPLES_AT_ONCE,
+    ) -> np.ndarray:
+        """Next poses drawn from the model given the whole reference moment, by `generate` at temperature 1.
+
+        A draw is a function of (``eval_seed``, its number, the row), whatever is drawn beside it.
+
+        Args:
+            samples: the first rows of the store.
+            futures: draws for each, at most MOST_FUTURES.
+        Returns:
+            int64 (futures, samples, 3·J).
+        """
+        assert self.pose is not None
+        span, limits = self.layout.span(self.pose[1]), self.layout.id_limits(self.meta).to(device)
+        drawn = np.empty((futures, samples, span.stop - span.start), dtype=np.int64)
+        for rows in self._batches(samples, batch_size, f"drawing {futures} next poses each"):
+            tokens = store.batch(rows).to(device)
+            for number in range(futures):
+                seed = (self.config.eval_seed * MOST_FUTURES + number) % (MAX_SEED + 1)
+                filled = generate(
+                    model,
+                    tokens,
+                    given=self.given,
+                    wanted=[self.pose[1]],
+                    id_limits=limits,
+                    temperature=1.0,
+                    seed=seed,
+                    first_sample=int(rows[0]),
+                )
+                drawn[number, rows] = filled[:, span].cpu().numpy()
+        return drawn
+
+    def _batches(self, samples: int, batch_size: int, what: str = "predicting the next moment") -> Iterator[np.ndarray]:
         rows = np.arange(samples)
         batches = [rows[first : first + batch_size] for first in range(0, samples, batch_size)]
-        return show_progress(batches, "predicting the next moment", samples, size=len)
+        return show_progress(batches, what, samples, size=len)
 
     @torch.no_grad()
     def _pose_nats(self, model: M4, tokens: Tensor, device: torch.device) -> float:
@@ -186,8 +227,13 @@ class NextMoment:
             }
         return found
 
-    def all_figures(self, prediction: Prediction, train: TokenStore, decode: Decode | None) -> dict[str, Any]:
-        """`figures`, and what needs the training set (median pose, displacements) or an image tokenizer (pixels)."""
+    def all_figures(
+        self, prediction: Prediction, train: TokenStore, decode: Decode | None, futures: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """`figures`, and what needs the training set (median pose, displacements) or an image tokenizer (pixels).
+
+        futures: next poses that `futures` drew, to compare the nearest with as many draws of the displacements.
+        """
         found: dict[str, Any] = {**self.figures(prediction), "left_out": self.left_out}
         boxes = None
         if self.pose:
@@ -198,6 +244,11 @@ class NextMoment:
             found["pose"]["marginal"] = pose_figures(marginal, reference, true)
             displacement = DisplacementHistogram(train_here, train_there, self.bins)
             found["pose"]["displacement"] = {"nats": float(displacement.nats(here, there).mean())}
+            if futures is not None:
+                copied = displacement.draw(here, len(futures), self.config.eval_seed)
+                for into, drawn in ((found["pose"], futures), (found["pose"]["displacement"], copied)):
+                    poses = [Poses.of(tokens, self.bins) for tokens in drawn]
+                    into["nearest"] = nearest_figures(poses, reference, true)
             boxes = person_boxes(true)
         if self.frame and decode is not None:
             predicted, copied, following = self._three(prediction, _FRAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,22 @@ def pose_figures(predicted: Poses, reference: Poses, true: Poses) -> dict[str, A
         "visibility_accuracy": float((predicted.visible == true.visible).mean()) if len(true) else None,
         "joints": count,
     }
+
+
+def nearest_figures(drawn: Sequence[Poses], reference: Poses, true: Poses) -> dict[str, Any]:
+    """How near the nearest of several drawn futures comes to the true pose.
+
+    Args:
+        drawn: one pose for every sample each, at least one.
+    Returns:
+        samples, how many were drawn; error_px as in `pose_figures`, of the drawn pose of each sample whose mean error
+        over its judged joints is least (the first of equals).
+    """
+    judged = reference.visible & true.visible
+    distances = np.stack([np.linalg.norm(poses.xy - true.xy, axis=-1) for poses in drawn])  # (K, N, J)
+    best = np.where(judged, distances, 0).sum(-1).argmin(0)  # all have the same joints, so the sum decides as the mean
+    nearest = distances[best, np.arange(len(true))]  # (N, J)
+    return {"samples": len(drawn), "error_px": float(nearest[judged].mean()) if judged.any() else None}
 
 
 def bounding_boxes(poses: Poses) -> tuple[np.ndarray, np.ndarray]:

@@ -33,12 +33,15 @@ def report_path(run_dir: Path, split: str) -> Path:
     return run_dir / f"evaluation-{split}.json"
 
 
-def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: SavedRun, split: str | None = None, max_samples: int | None = None, futures: int = 0
+) -> dict[str, Any]:
     """Evaluate a checkpoint of a run on a split; the result is also written to evaluation-SPLIT.json in its folder.
 
     Args:
         split: default the run's evaluation split.
         max_samples: evaluate the first of the split only; default all.
+        futures: next poses to draw for every sample, of which the nearest counts; default none.
     """
     config = run.config
     split = run.split_name(split)
@@ -87,7 +90,7 @@ def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | Non
         "below_unigram": {
             name: loss is not None and loss < baselines[name].cross_entropy for name, loss in losses.items()
         },
-        "next": _next_figures(next_moment, model, store, train, samples, run),
+        "next": _next_figures(next_moment, model, store, train, samples, run, futures),
     }
     try:
         write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
@@ -98,7 +101,13 @@ def evaluate_run(run: SavedRun, split: str | None = None, max_samples: int | Non
 
 
 def _next_figures(
-    next_moment: NextMoment, model: M4, store: TokenStore, train: TokenStore, samples: int, run: SavedRun
+    next_moment: NextMoment,
+    model: M4,
+    store: TokenStore,
+    train: TokenStore,
+    samples: int,
+    run: SavedRun,
+    futures: int,
 ) -> dict[str, Any]:
     """What is said of the next moment of the first rows of a split, and in the log what is not."""
     decode = next_moment.tokenizer()
@@ -107,7 +116,10 @@ def _next_figures(
     if not next_moment.wanted:
         return {"samples": 0, "left_out": next_moment.left_out}
     prediction = next_moment.predict(model, store, samples, run.device)
-    return next_moment.all_figures(prediction, train, decode)
+    drawn = None
+    if futures and next_moment.pose:
+        drawn = next_moment.futures(model, store, samples, run.device, futures=futures)
+    return next_moment.all_figures(prediction, train, decode, drawn)
 
 
 def _figures(baseline: Unigram) -> dict[str, float | None]:

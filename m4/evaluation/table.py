@@ -24,6 +24,10 @@ def next_lines(figures: Mapping[str, Any]) -> list[str]:
             _row("", ["error px", *(f"PCK@{share:g}" for share in PCK_SHARES), "visibility", "nats"]),
             *(_row(name, _pose(row)) for name, row in _rows(pose, ("copy", "marginal", "displacement"))),
         ]
+        if "nearest" in pose:
+            names = f"nearest of {pose['nearest']['samples']} drawn", "the same of the histogram"
+            nearest = pose["nearest"], pose["displacement"]["nearest"]
+            lines += [_row(name, _pose(row)) for name, row in zip(names, nearest, strict=True)]
     if "frame" in figures:
         lines += [
             f"next frame of {figures['samples']} samples",

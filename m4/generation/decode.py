@@ -71,6 +71,8 @@ def generate(
     missing = torch.isin(modality, torch.tensor([names.index(n) for n in wanted], device=device)).expand(tokens.shape)
     known, missing = known.clone(), missing.clone()  # bool (B, L)
     total = int(missing[0].sum())
+    limits_of_missing = id_limits.expand(tokens.shape)[missing]
+    head = model.to_logits.weight[: int(limits_of_missing.max()) if total else None]  # ids beyond are never taken
     places_in_run = range(first_sample, first_sample + len(tokens))
     generators = [torch.Generator().manual_seed((seed << _SAMPLE_BITS) + place) for place in places_in_run]
     left = total
@@ -78,7 +80,8 @@ def generate(
         batch = MaskedBatch(
             _pack(filled, known, modality, position, len(names)), _pack(filled, missing, modality, position, len(names))
         )
-        logits = model.logits(batch).float().unflatten(0, (len(tokens), left))  # (B, left, V)
+        logits = torch.nn.functional.linear(model.decode(batch), head).float()
+        logits = logits.unflatten(0, (len(tokens), left))  # (B, left, ids)
         limits = id_limits.expand(tokens.shape)[missing].view(len(tokens), left, 1)
         logits.masked_fill_(torch.arange(logits.shape[-1], device=device) >= limits, -torch.inf)
         on_scale = ordinal.expand(tokens.shape)[missing].view(len(tokens), left)

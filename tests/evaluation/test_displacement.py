@@ -90,3 +90,28 @@ def test_the_evaluated_pairs_change_nothing():
     together = histogram.nats(*(np.concatenate(both) for both in zip(first, second, strict=True)))
     assert np.array_equal(together[:9], histogram.nats(*first))
     assert np.array_equal(together[9:], histogram.nats(*second))
+
+
+def test_draws_follow_the_probabilities():
+    """The share of 20,000 draws in each bin is its probability, within five standard deviations."""
+    histogram = DisplacementHistogram(*pairs(200, step=3), BINS)
+    reference = np.array([[20, 3, 0, 39, 1, 1]])  # joint 1 at the edges
+    drawn = histogram.draw(reference, 20_000, seed=0)
+    assert drawn.shape == (20_000, 1, 6)
+    assert (drawn[..., 4:] == 1).all()
+    for axis, joint in np.ndindex(2, 2):
+        p = histogram.probabilities(3, axis, joint, reference[0, 2 * axis + joint])
+        share = np.bincount(drawn[:, 0, 2 * axis + joint], minlength=BINS) / 20_000
+        assert (np.abs(share - p) <= 5 * np.sqrt(p / 20_000) + 1e-4).all()
+    across = np.corrcoef(drawn[:, 0, :2].T)[0, 1]
+    assert abs(across) < 5 / np.sqrt(20_000)  # joints are drawn each on its own
+
+
+def test_draws_are_those_of_the_seed_and_of_the_pair():
+    histogram = DisplacementHistogram(*pairs(50), BINS)
+    reference = pairs(9, seed=3)[0]
+    drawn = histogram.draw(reference, 4, seed=1)
+    assert np.array_equal(histogram.draw(reference, 4, seed=1), drawn)
+    assert np.array_equal(histogram.draw(reference[:5], 4, seed=1), drawn[:, :5])
+    assert not np.array_equal(histogram.draw(reference, 4, seed=2), drawn)
+    assert not np.array_equal(drawn[0], drawn[1])

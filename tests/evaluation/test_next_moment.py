@@ -138,6 +138,70 @@ def test_nats_are_those_of_the_whole_pose_given_the_whole_reference(parts):
     assert moment.predict(model, store, 3, CPU).pose_nats == pytest.approx(total / (3 * 39), rel=1e-5)
 
 
+def _drawn(parts, futures, samples=7, **more):
+    moment, model, store, _ = parts
+    return moment.futures(model, store, samples, CPU, futures=futures, **more)
+
+
+def test_futures_are_those_of_the_seed_the_row_and_their_number(parts):
+    _enliven(parts[1])
+    drawn = _drawn(parts, 3)
+    assert drawn.shape == (3, 7, 39)
+    assert np.array_equal(_drawn(parts, 3), drawn)
+    assert np.array_equal(_drawn(parts, 2), drawn[:2])
+    assert np.array_equal(_drawn(parts, 3, batch_size=1), drawn)
+    assert np.array_equal(_drawn(parts, 1, samples=4), drawn[:1, :4])
+    assert drawn[..., 26:].max() <= 1
+    assert not np.array_equal(drawn[0], drawn[1])
+    moment = parts[0]
+    moment.config = dataclasses.replace(moment.config, eval_seed=1)
+    assert not np.array_equal(_drawn(parts, 3), drawn)
+
+
+def test_futures_do_not_see_the_successor(parts):
+    moment, model, store, train = parts
+    _enliven(model)
+    drawn = _drawn(parts, 2)
+    blind = np.array(store.tokens)
+    for name in NEXT:
+        blind[:, moment.layout.span(name)] = 1
+    assert np.array_equal(_drawn((moment, model, dataclasses.replace(store, tokens=blind), train), 2), drawn)
+
+
+def test_the_nearest_of_several_futures(trained, report, parts, monkeypatch, capsys):
+    """More draws come nearer; all other figures stay as they are."""
+    found = []
+    for futures in (1, 4):
+        monkeypatch.setattr("sys.argv", ["evaluate", "--run", str(trained), "--samples", str(futures)])
+        assert evaluate_main() == 0
+        found.append(json.loads((trained / "evaluation-eval.json").read_text()))
+    table = capsys.readouterr().out
+    for one, four in (
+        [some["next"]["pose"] for some in found],
+        [some["next"]["pose"]["displacement"] for some in found],
+    ):
+        assert (one["nearest"]["samples"], four["nearest"]["samples"]) == (1, 4)
+        assert 0 < four["nearest"]["error_px"] < one["nearest"]["error_px"]
+    for words in ("nearest of 4 drawn", "the same of the histogram"):
+        assert words in table
+    drawn = found[1]["next"]["pose"]
+    assert drawn["displacement"]["nearest"]["error_px"] < drawn["nearest"]["error_px"]  # of a model hardly trained
+    moment, model, store, train = parts
+    prediction = moment.predict(model, store, 7, CPU)
+    figures = moment.all_figures(prediction, train, None, _drawn(parts, 4))
+    assert figures["pose"]["nearest"] == found[1]["next"]["pose"]["nearest"]
+    for some in found:
+        del some["next"]["pose"]["nearest"], some["next"]["pose"]["displacement"]["nearest"]
+        assert some == report
+
+
+def test_a_number_of_futures_that_is_none(trained, monkeypatch):
+    for typed in ("-1", "2000", "few"):
+        monkeypatch.setattr("sys.argv", ["evaluate", "--run", str(trained), "--samples", typed])
+        with pytest.raises(ValueError, match="--samples: expected"):
+            evaluate_main()
+
+
 def test_nothing_of_the_successor_is_read(parts):
     moment, model, store, _ = parts
     _enliven(model)
@@ -233,8 +297,9 @@ def _part(data, tmp_path, *names):
     ],
 )
 def test_a_run_of_some_modalities(data, tmp_path, caplog, names, there, left_out):
-    report = evaluate_run(SavedRun.open(_part(data, tmp_path, *names)))
+    report = evaluate_run(SavedRun.open(_part(data, tmp_path, *names)), futures=2)
     assert set(report["next"]) - {"samples", "left_out"} == there
+    assert "pose" not in there or report["next"]["pose"]["nearest"]["samples"] == 2
     assert left_out in report_table(report)
     assert "figures of the " + left_out in caplog.text
     assert "psnr_person" not in report["next"].get("frame", {}) or "pose" in there

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from m4.evaluation.poses import Poses, bounding_boxes, median_pose, pose_figures
+from m4.evaluation.poses import Poses, bounding_boxes, median_pose, nearest_figures, pose_figures
 
 BINS = 257  # so that a bin is a pixel
 
@@ -46,6 +46,26 @@ def test_no_joint_to_judge():
     assert figures["error_px"] is None
     assert set(figures["pck"].values()) == {None}
     assert (figures["joints"], figures["visibility_accuracy"]) == (0, 1)
+
+
+def test_the_nearest_of_two_by_hand():
+    """First sample: joint 0 is judged, 5 px off in one draw and 13 in the other. Second: joints 0 and 1, 14 and 30 px
+    off (mean 22), or 20 and 20; the third joint, which is far off in the other, is not judged."""
+    other = poses([(15, 22, 1), (0, 0, 1), (0, 0, 1)], [(0, 20, 1), (0, 120, 0), (250, 250, 1)])
+    expected = {"samples": 2, "error_px": pytest.approx((5 + 20 + 20) / 3)}
+    assert nearest_figures([PREDICTED, other], REFERENCE, TRUE) == expected
+    assert nearest_figures([other, PREDICTED], REFERENCE, TRUE) == expected
+    one = nearest_figures([PREDICTED], REFERENCE, TRUE)
+    assert one == {"samples": 1, "error_px": pose_figures(PREDICTED, REFERENCE, TRUE)["error_px"]}
+    assert nearest_figures([PREDICTED, TRUE, other], REFERENCE, TRUE)["error_px"] == 0
+
+
+def test_the_nearest_where_no_joint_is_judged():
+    """A sample without a judged joint has no part in the mean; without any there is none."""
+    hidden = poses([(1, 2, 0), (3, 4, 0), (5, 6, 0)], [(0, 0, 1), (0, 100, 1), (0, 0, 0)])
+    assert nearest_figures([PREDICTED], hidden, TRUE)["error_px"] == pytest.approx((14 + 30) / 2)
+    nothing = poses([(1, 2, 0)])
+    assert nearest_figures([nothing, nothing], nothing, nothing) == {"samples": 2, "error_px": None}
 
 
 def test_boxes():

@@ -99,6 +99,20 @@ def test_id_limits(model, tokens):
     assert (out[:, 8:] < limits[8:]).all()
 
 
+def test_only_logits_that_can_be_taken_are_computed(model, tokens, monkeypatch):
+    heads = []
+    linear, head = torch.nn.functional.linear, model.to_logits.weight
+
+    def watched(x, w, b=None):
+        if w.data_ptr() == head.data_ptr():
+            heads.append(w.shape[0])
+        return linear(x, w, b)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    generate(model, tokens, given=GIVEN, wanted=["coords_next"], steps=2, temperature=1.0)
+    assert heads == [20, 20]
+
+
 def test_median_where_ids_are_steps_of_a_scale(model, tokens):
     ordinal = torch.zeros(16, dtype=torch.bool)
     ordinal[13:15] = True
