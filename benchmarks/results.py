@@ -97,6 +97,16 @@ def machine_name() -> str:
 
 
 def environment() -> dict[str, Any]:
+    """`machine`, and how fast it copies and multiplies, which is measured."""
+    return {
+        **machine(),
+        "copy_gigabytes_per_second": copy_bandwidth() / 1e9,
+        "product_gigaflops": product_rate() / 1e9,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs, on what source and versions."""
     extension = _ext.load()
     return {
         "commit": git("rev-parse", "HEAD") or "unknown",
@@ -105,8 +115,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "simd": None if extension is None else extension.simd_level(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "copy_gigabytes_per_second": copy_bandwidth() / 1e9,
-        "product_gigaflops": product_rate() / 1e9,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,

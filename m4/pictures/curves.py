@@ -56,9 +56,41 @@ def _pose_errors(axes: Axes, lines: Sequence[Line]) -> None:
     _dress(axes, "next pose")
 
 
-def _dress(axes: Axes, title: str) -> None:
+def variant_curves(variants: Mapping[str, Sequence[Sequence[Line]]], loss: str) -> Figure | None:
+    """Error of the next pose and a loss over training samples: a colour a variant, a line a run of it.
+
+    Args:
+        variants: label → runs → lines with ``samples`` (trained on so far), ``error_px`` and ``copy_px`` (of the next
+            pose, pixels) and ``loss``; None where there is none, which is a gap.
+        loss: the modality of the losses.
+    Returns:
+        None where no line has any of these.
+    """
+    possible = (("error_px", "next pose", "error (pixels)"), ("loss", loss, "cross-entropy (nats a token)"))
+    everything = [line for runs in variants.values() for run in runs for line in run]
+    panels = [panel for panel in possible if any(line[panel[0]] is not None for line in everything)]
+    if not panels:
+        return None
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, (key, title, unit) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, (label, runs) in enumerate(variants.items()):
+            for place, run in enumerate(runs):
+                values = [math.nan if line[key] is None else line[key] for line in run]
+                (drawn,) = axes.plot([line["samples"] for line in run], values, "o-", ms=3, lw=1.2, color=f"C{number}")
+                drawn.set_label("_" if place else label)  # one entry of the legend a variant
+        copied = [line["copy_px"] for line in everything if line["copy_px"] is not None]
+        if key == "error_px" and copied:
+            axes.axhline(copied[-1], color="k", ls="--", lw=1, label="copying the reference")
+            axes.set_ylim(bottom=0)
+        axes.set_ylabel(unit)
+        axes.legend()
+        _dress(axes, title, "training samples")
+    return figure
+
+
+def _dress(axes: Axes, title: str, across: str = "counted tokens (millions)") -> None:
     axes.set_title(title)
-    axes.set_xlabel("counted tokens (millions)")
+    axes.set_xlabel(across)
     axes.grid(alpha=0.3)
 
 
