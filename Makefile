@@ -1,7 +1,7 @@
 # Everything that a fresh clone needs: `make demo` and `make test` set up their own virtual environment in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-RUN_NAME ?= demo
+RUN_NAME ?=
 
 # A word for the shell, whatever it holds.
 quoted = '$(subst ','\'',$(1))'
@@ -9,7 +9,8 @@ quoted = '$(subst ','\'',$(1))'
 given = $(if $(filter environment,$(origin $(1))),$(value $(1)),$($(1)))
 python := $(or $(strip $(call given,PYTHON)),python3)
 venv := $(or $(call given,VENV),.venv)
-run_name := $(or $(call given,RUN_NAME),demo)
+# The run that `make demo` and `make learn` make in runs/.
+demo learn: run_name = $(or $(call given,RUN_NAME),$@)
 # $(PYTHON) is a program, or a command such as "arch -arm64 python3".
 BASE_PYTHON := $(if $(shell command -v $(call quoted,$(python))),$(call quoted,$(python)),$(python))
 # Tools run as modules of it: the scripts in bin/ do not start from folders with some names.
@@ -19,10 +20,11 @@ CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format; clang_format()'
 CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test other-sums matrix lint format types bench gpu gpu-dry-run sanitize compile-gates clean
+.PHONY: help setup demo learn test other-sums matrix lint format types bench gpu gpu-dry-run sanitize compile-gates clean
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
+	@echo "make learn     the same with more videos and steps (at most an hour on 2 CPU cores)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make matrix    run the tests in fresh environments with the oldest and the newest versions (TESTS=... for some)"
 	@echo "make bench     set up, run the benchmarks and their guards"
@@ -36,9 +38,13 @@ help:
 setup:
 	@sh .ci/setup $(call quoted,$(venv)) $(BASE_PYTHON)
 
-demo: setup
-	$(PY) -m m4.train --config M4-tiny.yaml $(call quoted,run_name=$(run_name))
-	$(PY) -m m4.evaluate --run $(call quoted,runs/$(run_name))
+demo: config := M4-tiny.yaml
+learn: config := M4-small.yaml
+learn: evaluation := --samples 8
+
+demo learn: setup
+	$(PY) -m m4.train --config $(config) $(call quoted,run_name=$(run_name))
+	$(PY) -m m4.evaluate --run $(call quoted,runs/$(run_name)) $(evaluation)
 	$(PY) -m m4.plots --run $(call quoted,runs/$(run_name))
 	$(PY) -m m4.generate --run $(call quoted,runs/$(run_name)) --out $(call quoted,runs/$(run_name)/prediction.png)
 

@@ -105,8 +105,9 @@ def test_the_sample_set_is_used_or_missed_but_never_made(saved_run, picture_data
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO")
     before = _files(tmp_path)
-    edit_saved_config(saved_run, root=None, sample_dir=str(tmp_path / "no sample"))
-    with pytest.raises(ValueError, match=r"--data ROOT, or make it: python -m m4.data sample --out '.*no sample'"):
+    edit_saved_config(saved_run, root=None, sample_dir=str(tmp_path / "no sample"), sample_videos=7)
+    made = r"--data ROOT, or make it: python -m m4.data sample --out '.*no sample' --videos 7"
+    with pytest.raises(ValueError, match=made):
         SavedRun.open(saved_run)
     assert _files(tmp_path) == before
     edit_saved_config(saved_run, root=None, sample_dir=str(picture_data))
