@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -139,13 +140,20 @@ def perform(run: Run, config: Path, evaluate_options: Sequence[str], execute: Ex
 
 
 def execute(command: Sequence[str]) -> int:
-    """Run a command to its end. Ctrl-C reaches it too: what it saves then is waited for."""
+    """Run a command to its end; its status, 128 + the signal's number if one killed it.
+
+    Ctrl-C reaches it too, and SIGTERM is handed on: what it saves then is waited for.
+    """
     with subprocess.Popen(command) as process:
+        before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
         try:
-            return process.wait()
+            status = process.wait()
         except KeyboardInterrupt:
             process.wait()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return 128 - status if status < 0 else status
 
 
 def figures(run: Run) -> dict[str, float | None]:

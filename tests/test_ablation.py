@@ -1,6 +1,7 @@
 """The ablation harness: which runs, what is said of them, what is done again, and one run of the real commands."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,16 @@ def test_what_a_run_saves_on_ctrl_c_is_waited_for(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ablation.execute([sys.executable, "-c", program])
     assert (tmp_path / "saved").exists()
+
+
+def test_sigterm_is_handed_on():
+    """To a process that ends with a status of its own, and to one that is killed by it."""
+    parent = "import os, signal, sys, time\n"
+    parent += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+    signalled = "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(30)\n"
+    assert ablation.execute([sys.executable, "-c", parent + signalled]) == 7
+    assert ablation.execute([sys.executable, "-c", "import os, signal, time\n" + signalled]) == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_spread_by_hand():
