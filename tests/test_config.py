@@ -483,7 +483,7 @@ def test_the_recipe_says_what_may_change_on_resuming():
     comment = RECIPE.read_text().partition("\nmodalities:")[0]
 
     def named(before):
-        return set(re.findall(r"\w+", comment.partition(before)[2].partition(".")[0]))
+        return set(re.findall(r"\w[\w.]*\w", re.split(r"\.\s", comment.partition(before)[2])[0]))
 
     assert named("may change:") == FREE_KEYS | FREE_SECTIONS
     assert named("diverged:") == ANNOUNCED_KEYS

@@ -50,6 +50,7 @@ def data(tmp_path_factory):
 def trained(data, tmp_path_factory):
     config = saved_config(data, tmp_path_factory.mktemp("runs"))
     config = dataclasses.replace(config, total_tokens=0.01024, token_warmup=0.001, eval_freq=0.005, eval_samples=4)
+    config.model.init = "normal"  # so few steps teach no more than what is frequent
     assert Trainer(config).run("command") == 0
     return config.run_dir
 
@@ -110,7 +111,7 @@ def test_the_batch_size_decides_nothing(parts):
     one, seven = (moment.predict(model, store, 7, CPU, batch_size=size) for size in (1, 7))
     assert np.array_equal(one.predicted, seven.predicted)
     assert np.array_equal(one.true, seven.true)
-    assert one.pose_nats == pytest.approx(seven.pose_nats, abs=1e-6)
+    assert one.pose_nats == pytest.approx(seven.pose_nats, abs=1e-5)  # sums of another order
     figures = [moment.all_figures(prediction, train, moment.tokenizer()) for prediction in (one, seven)]
     for found in figures:
         found["pose"].pop("nats")
