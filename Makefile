@@ -40,11 +40,10 @@ setup:
 
 demo: config := M4-tiny.yaml
 learn: config := M4-small.yaml
-learn: evaluation := --samples 8
 
 demo learn: setup
 	$(PY) -m m4.train --config $(config) $(call quoted,run_name=$(run_name))
-	$(PY) -m m4.evaluate --run $(call quoted,runs/$(run_name)) $(evaluation)
+	$(PY) -m m4.evaluate --run $(call quoted,runs/$(run_name))
 	$(PY) -m m4.plots --run $(call quoted,runs/$(run_name))
 	$(PY) -m m4.generate --run $(call quoted,runs/$(run_name)) --out $(call quoted,runs/$(run_name)/prediction.png)
 
