@@ -235,11 +235,9 @@ def _trajectory(config: dict[str, Any]) -> dict[str, Any]:
     """Dotted key → value of what must not change on resuming."""
     flat = {}
     for key, value in config.items():
-        if key in FREE_KEYS | BATCH_KEYS:
-            continue
         inside = {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
         flat.update({k: v for k, v in inside.items() if key not in FREE_SECTIONS or k in BOUND_KEYS})
-    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS | BATCH_KEYS}
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

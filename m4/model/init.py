@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS, VISIBILITIES, modality_of
+from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS, VISIBILITIES, RowLayout
 from m4.model.config import ModelConfig
 from m4.model.layers import CrossAttention
 
@@ -75,10 +75,8 @@ def code_features() -> Tensor:
 @torch.no_grad()
 def fourier_rows(embedding: nn.Embedding, output: nn.Linear, config: ModelConfig) -> None:
     """Rows (V, D) of the token embedding and the output layer that are coordinate bins or image codes."""
-    vocab_sizes = {
-        modality_of(name, length).kind: vocab_size
-        for name, length, vocab_size in zip(config.modalities, config.max_seq_lens, config.vocab_sizes, strict=True)
-    }
+    layout = RowLayout.of(config)
+    vocab_sizes = {modality.kind: size for modality, size in zip(layout.described, layout.vocab_sizes, strict=True)}
 
     def set_rows(first: int, features: Tensor) -> None:
         projected = features.to(embedding.weight) @ torch.randn(features.shape[1], config.dim).to(embedding.weight)
@@ -89,7 +87,7 @@ def fourier_rows(embedding: nn.Embedding, output: nn.Linear, config: ModelConfig
     if bins:
         set_rows(0, bin_features(bins))
         # Visibility is no scale, and as bins its ids would be neighbours.
-        set_rows(0, torch.eye(VISIBILITIES))
+        set_rows(0, torch.eye(VISIBILITIES)[:bins])
     if vocab_sizes.get("image", 0) >= IMAGE_CODES:
         # Ids below `bins` stay coordinates: few image codes are that low, those of blocks much darker at the bottom.
         set_rows(bins, code_features()[bins:])
@@ -99,12 +97,9 @@ def fourier_rows(embedding: nn.Embedding, output: nn.Linear, config: ModelConfig
 def modality_embeddings(encoder: nn.Embedding, decoder: nn.Embedding, config: ModelConfig) -> None:
     """Both (M, D): the same in encoder and decoder, alike for modalities of a kind (the images; the joints), so that
     targets look at visible tokens of their kind first."""
-    kinds = [
-        modality_of(name, length).kind for name, length in zip(config.modalities, config.max_seq_lens, strict=True)
-    ]
     shared = {kind: torch.randn(config.dim) for kind in ("image", "joints")}
-    for row, kind in enumerate(kinds):
-        of_kind, own = shared.get(kind, torch.randn(config.dim)), torch.randn(config.dim)
+    for row, modality in enumerate(RowLayout.of(config).described):
+        of_kind, own = shared.get(modality.kind, torch.randn(config.dim)), torch.randn(config.dim)
         encoder.weight[row] = MODALITY_STD * (of_kind + OWN_SHARE * own)
     decoder.weight.copy_(encoder.weight)
 
