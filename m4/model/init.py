@@ -1,15 +1,18 @@
 """Initial values of the weights: where training starts, not what the model is.
 
-``normal`` is nano4M's. ``fourier`` puts into them what is known before any training:
+``normal`` is nano4M's. ``fourier`` puts into them what is known before any training: the next moment resembles the
+reference moment, token by token. So an untrained model of it copies: every target looks at the visible token of its own
+position and kind, and predicts what it sees, the surer the more alike the ids are.
 
-- A coordinate is a bin of a scale, and an image code six digits. So the rows of the token embedding and of the output
-  layer start as random projections of features: waves over the scale, which bins near each other share (Tancik et al.,
-  "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains", 2020), and the digits,
-  which codes share (Mentzer et al., "Finite Scalar Quantization", 2023). Both layers start with the same projection, so
-  that a token that reaches the output as it was read predicts itself.
-- The next moment resembles the reference moment token by token. So cross-attention starts with every target looking at
-  the visible tokens of its own position and adding what it sees there to itself (identity maps as initial values:
-  Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023).
+- A coordinate is a bin of a scale, an image code six digits. The rows of the token embedding and of the output layer
+  are projections of features: waves over the scale, which bins near each other share (Tancik et al., "Fourier Features
+  Let Networks Learn High Frequency Functions in Low Dimensional Domains", 2020), and the digits, which codes share
+  (Mentzer et al., "Finite Scalar Quantization", 2023). Both layers have the same rows but for their length, so that a
+  token that reaches the output as it was read predicts itself.
+- What a token is, where it stands and of which kind it is lie in directions at right angles to each other (`Space`), so
+  that neither disturbs the other: position embeddings span less than half of the dimensions.
+- The first cross-attention compares positions and kinds, and adds to the target what the visible token is (identity
+  maps as initial values: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023).
 
 Names, shapes and semantics of the weights are the same, so checkpoints are too. What was measured, and what was tried
 besides: docs/learning.md.
@@ -18,27 +21,35 @@ besides: docs/learning.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS, VISIBILITIES, RowLayout
-from m4.model.config import ModelConfig
+from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS, VISIBILITIES, Modality, RowLayout
 from m4.model.layers import CrossAttention
+
+if TYPE_CHECKING:
+    from m4.model.m4 import M4
 
 INIT_STD = 0.02  # of nano4M
 
-# Fourier features of a bin: waves over the whole scale, from half a period to 64 (a period of 4 pixels).
-FREQUENCIES, LOWEST, HIGHEST = 32, 0.5, 64.0
+# Fourier features of a bin: waves over the whole scale, from half a period to 2,048 (a period of 4 bins). Each octave
+# counts this much less than the one below it: how likely a joint is to be some way off falls with the way's logarithm.
+FREQUENCIES, LOWEST, HIGHEST = 40, 0.5, 2048.0
+OCTAVE_FALL = 2**-0.1
 # Standard deviation of an entry of the embeddings; position embeddings have 0.7.
 TOKEN_STD, MODALITY_STD = 1.0, 0.5
 OWN_SHARE = 0.3  # of a modality in its embedding, beside what its kind shares
-HEAD_SCALE = 0.2  # the output layer's rows beside projections of standard deviation 1
-# Attention logit of a target and a visible token of its position, and how many times less the slowest wave of the
-# position embedding counts there than the fastest: slow waves hardly tell neighbours apart.
-POSITION_LOGIT, SLOWEST_WAVE = 24.0, 10**-1.5
-COPY = 2.0  # what all blocks of the decoder together add of a visible token, in units of its normalised values
+# Attention logits of a target and a visible token: of the same position, and of the same kind. The fastest waves of the
+# position embedding tell neighbours apart: so many of them, down to so many radians a position.
+POSITION_LOGIT, KIND_LOGIT = 24.0, 16.0
+WAVES, SLOWEST_WAVE = 8, 0.4
+COPY = 2.0  # what a target adds of the visible token, in units of its normalised values
+# Logit of the id that was copied, beside ids that have nothing in common with it: bins, and codes or visibilities.
+BIN_LOGIT, CODE_LOGIT = 8.0, 20.0
 
 
 @torch.no_grad()
@@ -51,20 +62,97 @@ def normal(modules: Iterable[nn.Module]) -> None:
             nn.init.zeros_(module.bias)
 
 
+@torch.no_grad()
+def fourier(model: M4) -> None:
+    """Overwrite what `normal` gave the embeddings, the output layer and the first cross-attention."""
+    described = RowLayout.of(model.config).described
+    space = Space.of(model.pos_emb, described)
+    for row, embedding in enumerate(space.modalities(described)):
+        model.enc_mod_emb.weight[row] = embedding
+    model.dec_mod_emb.weight.copy_(model.enc_mod_emb.weight)
+
+    token, modality, position = TOKEN_STD**2, MODALITY_STD**2 * (1 + OWN_SHARE**2), 0.5  # mean squares of the entries
+    query = (modality + position) ** -0.5  # what the norm of the queries multiplies by
+    encoded = (token + modality + position) ** -0.5
+    context = (encoded**2 * (token + modality) + (encoded + 1) ** 2 * position) ** -0.5  # positions are added again
+    copied = COPY * encoded * context * token**0.5
+    of_output = copied * (copied**2 + modality + position) ** -0.5  # how much of the output is the copied token
+
+    _vocabulary(model, space, of_output)
+    nn.init.eye_(model.dec_context_proj.weight)
+    attention = next(module for module in model.decoder.modules() if isinstance(module, CrossAttention))
+    axes = position_axes(space, attention.head_dim)
+    same_position = POSITION_LOGIT / (len(axes) / 2 * query * context * (encoded + 1))
+    same_kind = KIND_LOGIT / (len(space.positions.T) * MODALITY_STD**2 * query * context * encoded)
+    looks_at = torch.cat([same_position**0.5 * axes, same_kind**0.5 * space.kinds])
+    _copying(attention, attention.head_dim**0.25 * looks_at[: attention.head_dim], space)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The dimensions of the model in parts at right angles, each an orthonormal basis (·, D).
+
+    positions: what position embeddings span (all but 1e-5 of them), and the mean, which norms take away. kinds: a
+    direction for each kind of modality (image, joints, and each that is neither). own: one for each modality. tokens:
+    the rest, for what a token is. A model too small for that has kinds and own directions among those of tokens.
+    """
+
+    positions: Tensor
+    kinds: Tensor
+    own: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, pos_emb: Tensor, described: Iterable[Modality]) -> Space:
+        """pos_emb: (P, D) position embeddings; half of the dimensions at most are left to them."""
+        names = [modality.name for modality in described]
+        kinds = len(_kinds(described))
+        dim = pos_emb.shape[1]
+        table = torch.cat([pos_emb, pos_emb.new_ones(1, dim)]).double()
+        _, size, bases = torch.linalg.svd(table, full_matrices=True)
+        left = 1 - size.square().cumsum(0) / size.square().sum()
+        rank = min(int((left > 1e-5).sum()) + 1, dim // 2)
+        positions, rest = bases.to(pos_emb).split([rank, dim - rank])
+        rest = nn.init.orthogonal_(torch.empty(len(rest), len(rest))).to(rest) @ rest
+        apart = kinds + len(names)
+        tokens = rest[apart:] if len(rest) >= 2 * apart else rest
+        directions = rest[torch.arange(apart) % len(rest)]
+        return cls(positions, directions[:kinds], directions[kinds:], tokens)
+
+    def modalities(self, described: Iterable[Modality]) -> Tensor:
+        """(M, D): their embeddings, alike for those of a kind."""
+        kinds = _kinds(described)
+        of_kind = torch.stack([self.kinds[kinds.index(_kind(modality))] for modality in described])
+        return MODALITY_STD * math.sqrt(self.tokens.shape[1]) * (of_kind + OWN_SHARE * self.own)
+
+    def rows(self, features: Tensor) -> Tensor:
+        """(N, D), of length 1: features (N, F), each in a direction of tokens, at right angles if there are so many."""
+        projection = nn.init.orthogonal_(torch.empty(features.shape[1], len(self.tokens)))
+        return nn.functional.normalize(features @ projection.to(features)) @ self.tokens
+
+
+def _kind(modality: Modality) -> str:
+    return modality.kind if modality.kind in ("image", "joints") else modality.name
+
+
+def _kinds(described: Iterable[Modality]) -> list[str]:
+    return list(dict.fromkeys(map(_kind, described)))
+
+
 def bin_features(bins: int) -> Tensor:
-    """float32 (bins, 1 + 2 * FREQUENCIES), rows of length 1: a constant, sines, cosines of the place."""
+    """float32 (bins, 2 * FREQUENCIES), rows of length 1: sines, then cosines of the place on the scale."""
     place = torch.linspace(0.0, 1.0, bins, dtype=torch.float64)
-    octaves = torch.linspace(math.log2(LOWEST), math.log2(HIGHEST), FREQUENCIES, dtype=torch.float64)
-    angle = 2 * math.pi * place[:, None] * 2.0**octaves
-    features = torch.cat([torch.ones(bins, 1, dtype=torch.float64), angle.sin(), angle.cos()], dim=1)
-    return nn.functional.normalize(features).float()
+    octaves = torch.linspace(0, math.log2(HIGHEST / LOWEST), FREQUENCIES, dtype=torch.float64)
+    angle = 2 * math.pi * LOWEST * place[:, None] * 2.0**octaves
+    size = OCTAVE_FALL**octaves
+    return nn.functional.normalize(torch.cat([size * angle.sin(), size * angle.cos()], dim=1)).float()
 
 
 def code_features() -> Tensor:
-    """float32 (IMAGE_CODES, 1 + Σ (levels - 1)), rows of length 1: a constant, and of every digit the cosines that a
-    discrete cosine transform of its levels has, slowest first."""
+    """float32 (IMAGE_CODES, Σ (levels - 1)), rows of length 1: of every digit the cosines that a discrete cosine
+    transform of its levels has, slowest first."""
     code = torch.arange(IMAGE_CODES)
-    features = [torch.ones(IMAGE_CODES, 1, dtype=torch.float64)]
+    features = []
     for levels in IMAGE_LEVELS:
         place = (code % levels).double() / (levels - 1)
         features.append(torch.cos(math.pi * place[:, None] * torch.arange(1, levels)))
@@ -72,56 +160,48 @@ def code_features() -> Tensor:
     return nn.functional.normalize(torch.cat(features, dim=1)).float()
 
 
-@torch.no_grad()
-def fourier_rows(embedding: nn.Embedding, output: nn.Linear, config: ModelConfig) -> None:
-    """Rows (V, D) of the token embedding and the output layer that are coordinate bins or image codes."""
-    layout = RowLayout.of(config)
+def _vocabulary(model: M4, space: Space, of_output: float) -> None:
+    """Rows (V, D) of the token embedding and the output layer that are coordinate bins or image codes.
+
+    of_output: share of the decoder's output, a vector of length √D, that is the token it copied.
+    """
+    embedding, output, dim = model.enc_tok_emb.weight, model.to_logits.weight, model.config.dim
+    layout = RowLayout.of(model.config)
     vocab_sizes = {modality.kind: size for modality, size in zip(layout.described, layout.vocab_sizes, strict=True)}
 
-    def set_rows(first: int, features: Tensor) -> None:
-        projected = features.to(embedding.weight) @ torch.randn(features.shape[1], config.dim).to(embedding.weight)
-        embedding.weight[first : first + len(features)] = TOKEN_STD * projected
-        output.weight[first : first + len(features)] = HEAD_SCALE * projected
+    def set_rows(first: int, features: Tensor, logit: float) -> None:
+        rows = space.rows(features.to(embedding))
+        embedding[first : first + len(rows)] = TOKEN_STD * math.sqrt(dim) * rows
+        output[first : first + len(rows)] = logit / (of_output * math.sqrt(dim)) * rows
 
     bins = min(BINS, vocab_sizes.get("joints", 0))
     if bins:
-        set_rows(0, bin_features(bins))
+        set_rows(0, bin_features(bins), BIN_LOGIT)
         # Visibility is no scale, and as bins its ids would be neighbours.
-        set_rows(0, torch.eye(VISIBILITIES)[:bins])
+        set_rows(0, torch.eye(VISIBILITIES)[:bins], CODE_LOGIT)
     if vocab_sizes.get("image", 0) >= IMAGE_CODES:
         # Ids below `bins` stay coordinates: few image codes are that low, those of blocks much darker at the bottom.
-        set_rows(bins, code_features()[bins:])
+        set_rows(bins, code_features()[bins:], CODE_LOGIT)
 
 
-@torch.no_grad()
-def modality_embeddings(encoder: nn.Embedding, decoder: nn.Embedding, config: ModelConfig) -> None:
-    """Both (M, D): the same in encoder and decoder, alike for modalities of a kind (the images; the joints), so that
-    targets look at visible tokens of their kind first."""
-    shared = {kind: torch.randn(config.dim) for kind in ("image", "joints")}
-    for row, modality in enumerate(RowLayout.of(config).described):
-        of_kind, own = shared.get(modality.kind, torch.randn(config.dim)), torch.randn(config.dim)
-        encoder.weight[row] = MODALITY_STD * (of_kind + OWN_SHARE * own)
-    decoder.weight.copy_(encoder.weight)
+def position_axes(space: Space, head_dim: int) -> Tensor:
+    """(2·waves, D): what reads the sines, then the cosines of some fast waves of a position embedding, and nothing of
+    what lies at right angles to positions. As many as a head has dimensions for beside those of kinds, at least one."""
+    dim = space.positions.shape[1]
+    waves = max(1, min(WAVES, (head_dim - len(space.kinds)) // 2))
+    slowest = math.log(1 / SLOWEST_WAVE) / math.log(10000) * dim / 2  # its place among the waves, the fastest is 0
+    chosen = torch.linspace(0, min(max(slowest, waves - 1), dim // 2 - 1), waves).round().long()
+    axes = torch.eye(dim)[torch.cat([chosen, dim // 2 + chosen])].to(space.positions)
+    return axes @ space.positions.T @ space.positions
 
 
-@torch.no_grad()
-def copy_by_position(context: nn.Linear, attentions: Sequence[CrossAttention]) -> None:
-    """Cross-attention by position, whose values reach the residual stream as they are.
-
-    Args:
-        context: the (D, D) projection of the encoder's output.
-        attentions: the cross-attention of every block of the decoder.
-    """
-    nn.init.eye_(context.weight)
-    dim = context.out_features
-    # Waves of the position embedding, fastest first, in both halves: sines, then cosines.
-    emphasis = SLOWEST_WAVE ** (torch.arange(dim // 2) / (dim // 2)).repeat(2)
-    emphasis *= (dim / emphasis.square().sum()).sqrt()
-    for attention in attentions:
-        # Normalised vectors of length √dim that agree give a head dim * (head_dim / dim) * scale² / √head_dim.
-        scale = math.sqrt(POSITION_LOGIT / math.sqrt(attention.head_dim))
-        similar = scale * emphasis * nn.init.orthogonal_(torch.empty(dim, dim))
-        attention.q_proj.weight.copy_(similar)
-        same = nn.init.orthogonal_(torch.empty(dim, dim))
-        attention.kv_proj.weight.copy_(torch.cat([similar, same]))
-        attention.attn_out_proj.weight.copy_(COPY / len(attentions) * same.T)
+def _copying(attention: CrossAttention, looks_at: Tensor, space: Space) -> None:
+    """Every head compares the same of query and context, looks_at (at most head_dim, D), and the heads together add
+    what a token is, COPY times, to the target."""
+    dim, count = len(space.tokens.T), len(looks_at)
+    keys, values = attention.kv_proj.weight.split(dim)
+    for weight in (attention.q_proj.weight, keys):
+        weight.view(-1, attention.head_dim, dim)[:, :count] = looks_at
+    spread = nn.init.orthogonal_(torch.empty(dim, len(space.tokens))).to(values)  # over all heads; orthonormal columns
+    values.copy_(spread @ space.tokens)
+    attention.attn_out_proj.weight.copy_(COPY * space.tokens.T @ spread.T)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
-from m4.model.layers import CrossAttention, DecoderBlock, EncoderBlock, Trunk, norm
+from m4.model.layers import DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, linear_cross_entropy
 
@@ -77,10 +77,7 @@ class M4(nn.Module):
         init.normal(self.modules())
         nn.init.zeros_(self.to_logits.weight)
         if self.config.init == "fourier":
-            init.fourier_rows(self.enc_tok_emb, self.to_logits, self.config)
-            init.modality_embeddings(self.enc_mod_emb, self.dec_mod_emb, self.config)
-            attentions = [module for module in self.decoder.modules() if isinstance(module, CrossAttention)]
-            init.copy_by_position(self.dec_context_proj, attentions)
+            init.fourier(self)
 
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
