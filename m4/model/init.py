@@ -11,8 +11,10 @@ position and kind, and predicts what it sees, the surer the more alike the ids a
   token that reaches the output as it was read predicts itself.
 - What a token is, where it stands and of which kind it is lie in directions at right angles to each other (`Space`), so
   that neither disturbs the other: position embeddings span less than half of the dimensions.
-- The first cross-attention compares positions and kinds, and adds to the target what the visible token is (identity
-  maps as initial values: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023).
+- Heads of the first cross-attention compare positions and kinds, and add to the target what the visible token is
+  (identity maps as initial values: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023). They
+  are sure, and so learn little. All other heads that read visible tokens look softly at tokens of their kind some way
+  off (`OFFSETS`), which gives training something to begin with: the other coordinate of a joint, the block beside.
 
 Names, shapes and semantics of the weights are the same, so checkpoints are too. What was measured, and what was tried
 besides: docs/learning.md.
@@ -20,6 +22,7 @@ besides: docs/learning.md.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,8 +31,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS, VISIBILITIES, Modality, RowLayout
-from m4.model.layers import CrossAttention
+from m4.modalities import BINS, IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS, NUM_JOINTS, VISIBILITIES, Modality, RowLayout
+from m4.model.layers import CrossAttention, SelfAttention
 
 if TYPE_CHECKING:
     from m4.model.m4 import M4
@@ -43,10 +46,14 @@ OCTAVE_FALL = 2**-0.1
 # Standard deviation of an entry of the embeddings; position embeddings have 0.7.
 TOKEN_STD, MODALITY_STD = 1.0, 0.5
 OWN_SHARE = 0.3  # of a modality in its embedding, beside what its kind shares
-# Attention logits of a target and a visible token: of the same position, and of the same kind. The fastest waves of the
-# position embedding tell neighbours apart: so many of them, down to so many radians a position.
-POSITION_LOGIT, KIND_LOGIT = 24.0, 16.0
+# The fastest waves of the position embedding tell neighbours apart: so many, down to so many radians a position.
 WAVES, SLOWEST_WAVE = 8, 0.4
+# Attention logits of a target and a visible token, of the same position and of the same kind: heads that copy, other
+# heads of cross-attention, and heads of the encoder.
+COPYING, CROSS, SELF = (24.0, 16.0), (8.0, 8.0), (6.0, 6.0)
+# Which way off the heads that do not copy look, in turns: y and visibility of the same joint for x, and back; the next
+# joint or block; the row of blocks above or below.
+OFFSETS = (NUM_JOINTS, -NUM_JOINTS, 1, -1, IMAGE_GRID, -IMAGE_GRID, 2 * NUM_JOINTS, -2 * NUM_JOINTS)
 COPY = 2.0  # what a target adds of the visible token, in units of its normalised values
 # Logit of the id that was copied, beside ids that have nothing in common with it: bins, and codes or visibilities.
 BIN_LOGIT, CODE_LOGIT = 8.0, 20.0
@@ -80,12 +87,28 @@ def fourier(model: M4) -> None:
 
     _vocabulary(model, space, of_output)
     nn.init.eye_(model.dec_context_proj.weight)
-    attention = next(module for module in model.decoder.modules() if isinstance(module, CrossAttention))
-    axes = position_axes(space, attention.head_dim)
-    same_position = POSITION_LOGIT / (len(axes) / 2 * query * context * (encoded + 1))
-    same_kind = KIND_LOGIT / (len(space.positions.T) * MODALITY_STD**2 * query * context * encoded)
-    looks_at = torch.cat([same_position**0.5 * axes, same_kind**0.5 * space.kinds])
-    _copying(attention, attention.head_dim**0.25 * looks_at[: attention.head_dim], space)
+    crossing = [module for module in model.decoder.modules() if isinstance(module, CrossAttention)]
+    seeing = [module for module in model.encoder.modules() if isinstance(module, SelfAttention)]
+    offsets = itertools.cycle(OFFSETS)
+    looks = Looks(space, model.config.head_dim)
+    # What a product of query and key is, of one wave's sine and cosine, and of a kind.
+    wave, kind = query * context * (encoded + 1), query * context * encoded
+    for block, cross in enumerate(crossing):
+        keys, values = cross.kv_proj.weight.chunk(2)
+        copying = looks.heads_that_copy if block == 0 else 0
+        for head in range(looks.heads):
+            logits, offset = (COPYING, 0) if head < copying else (CROSS, next(offsets))
+            looks.set_head(head, cross.q_proj.weight, keys, logits, (wave, kind), offset)
+            if head >= copying:
+                looks.set_values(head, values)
+        if copying:
+            looks.copy(values, cross.attn_out_proj.weight)
+    offsets = itertools.cycle(OFFSETS)
+    for attention in seeing:
+        queries, keys, values = attention.qkv_proj.weight.chunk(3)
+        for head in range(looks.heads):
+            looks.set_head(head, queries, keys, SELF, (encoded**2, encoded**2), next(offsets))
+            looks.set_values(head, values)
 
 
 @dataclass(frozen=True)
@@ -184,24 +207,62 @@ def _vocabulary(model: M4, space: Space, of_output: float) -> None:
         set_rows(bins, code_features()[bins:], CODE_LOGIT)
 
 
-def position_axes(space: Space, head_dim: int) -> Tensor:
-    """(2·waves, D): what reads the sines, then the cosines of some fast waves of a position embedding, and nothing of
-    what lies at right angles to positions. As many as a head has dimensions for beside those of kinds, at least one."""
-    dim = space.positions.shape[1]
-    waves = max(1, min(WAVES, (head_dim - len(space.kinds)) // 2))
-    slowest = math.log(1 / SLOWEST_WAVE) / math.log(10000) * dim / 2  # its place among the waves, the fastest is 0
-    chosen = torch.linspace(0, min(max(slowest, waves - 1), dim // 2 - 1), waves).round().long()
-    axes = torch.eye(dim)[torch.cat([chosen, dim // 2 + chosen])].to(space.positions)
-    return axes @ space.positions.T @ space.positions
+class Looks:
+    """The rows of heads, head_dim each, by which queries find keys.
 
+    The axes, (2·waves, D), read the sines, then the cosines of some fast waves of a position embedding, and nothing of
+    what lies at right angles to positions: as many as a head has dimensions for beside those of kinds, at least one.
+    """
 
-def _copying(attention: CrossAttention, looks_at: Tensor, space: Space) -> None:
-    """Every head compares the same of query and context, looks_at (at most head_dim, D), and the heads together add
-    what a token is, COPY times, to the target."""
-    dim, count = len(space.tokens.T), len(looks_at)
-    keys, values = attention.kv_proj.weight.split(dim)
-    for weight in (attention.q_proj.weight, keys):
-        weight.view(-1, attention.head_dim, dim)[:, :count] = looks_at
-    spread = nn.init.orthogonal_(torch.empty(dim, len(space.tokens))).to(values)  # over all heads; orthonormal columns
-    values.copy_(spread @ space.tokens)
-    attention.attn_out_proj.weight.copy_(COPY * space.tokens.T @ spread.T)
+    def __init__(self, space: Space, head_dim: int) -> None:
+        self.space, self.head_dim = space, head_dim
+        self.dim = space.positions.shape[1]
+        self.heads = self.dim // head_dim
+        self.heads_that_copy = min(self.heads, -(-len(space.tokens) // head_dim))  # they carry what a token is
+        waves = max(1, min(WAVES, (head_dim - len(space.kinds)) // 2))
+        slowest = math.log(1 / SLOWEST_WAVE) / math.log(10000) * self.dim / 2  # its place among the waves
+        self._chosen = torch.linspace(0, min(max(slowest, waves - 1), self.dim // 2 - 1), waves).round().long()
+        axes = torch.eye(self.dim)[torch.cat([self._chosen, self.dim // 2 + self._chosen])].to(space.positions)
+        self.axes = axes @ space.positions.T @ space.positions
+
+    def set_head(
+        self,
+        head: int,
+        queries: Tensor,
+        keys: Tensor,
+        logits: tuple[float, float],
+        products: tuple[float, float],
+        offset: int,
+    ) -> None:
+        """Make queries (D, D) find keys (D, D) that are ``offset`` positions further and of their kind.
+
+        Args:
+            logits: of a key there, and of a key of the kind.
+            products: what query and key have in common there: of a wave, and of a kind (its own mean square left out).
+        """
+        waves = len(self._chosen)
+        sines, cosines = self.axes.split(waves)
+        frequency = 10000.0 ** (-2 * self._chosen / self.dim)
+        far, near = torch.sin(frequency * offset)[:, None], torch.cos(frequency * offset)[:, None]
+        there = torch.cat([near * sines + far * cosines, near * cosines - far * sines])  # the waves' sines and cosines
+        at, of_kind = (
+            math.sqrt(logit * math.sqrt(self.head_dim) / product)
+            for logit, product in zip(
+                logits, (products[0] * waves, products[1] * self.dim * MODALITY_STD**2), strict=True
+            )
+        )
+        for weight, axes in ((queries, there), (keys, self.axes)):
+            rows = torch.cat([at * axes, of_kind * self.space.kinds])[: self.head_dim]
+            weight[head * self.head_dim :][: len(rows)] = rows
+
+    def set_values(self, head: int, values: Tensor) -> None:
+        """Let a head pass on what it sees in random directions, all the same length."""
+        rows = values[head * self.head_dim :][: self.head_dim]
+        rows.copy_(nn.init.orthogonal_(torch.empty(rows.shape)))
+
+    def copy(self, values: Tensor, output: Tensor) -> None:
+        """Let the heads that copy add what a token is, COPY times, to the target; values, output: (D, D)."""
+        carried = self.heads_that_copy * self.head_dim
+        spread = nn.init.orthogonal_(torch.empty(carried, len(self.space.tokens)))  # over all of them
+        values[:carried] = spread @ self.space.tokens
+        output[:, :carried] = COPY * self.space.tokens.T @ spread.T

@@ -9,7 +9,7 @@ from torch import nn
 
 from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS, RowLayout
 from m4.model import M4, ModelConfig
-from m4.model.init import FREQUENCIES, OCTAVE_FALL, POSITION_LOGIT, Space, bin_features, code_features, position_axes
+from m4.model.init import COPYING, FREQUENCIES, OCTAVE_FALL, OFFSETS, Looks, Space, bin_features, code_features
 from m4kernels import MaskedBatch, PackedTokens, Segments
 
 RUN = ModelConfig(
@@ -123,17 +123,43 @@ def test_parts_of_the_space_are_at_right_angles(dim: int) -> None:
     assert outside.norm() < 0.004 * m.pos_emb.norm()
     # So tokens do not disturb the comparison of positions, nor positions what a token is.
     rows = m.enc_tok_emb.weight.detach()
-    assert (rows @ position_axes(space, 32).T).abs().max() < 1e-4 * rows.norm(dim=1).max()
+    assert (rows @ Looks(space, 32).axes.T).abs().max() < 1e-4 * rows.norm(dim=1).max()
     assert (rows @ m.dec_mod_emb.weight.detach().T).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(("dim", "head_dim"), [(96, 32), (128, 32), (256, 64), (640, 64)])
 def test_attention_tells_a_position_from_its_neighbours(dim: int, head_dim: int) -> None:
     m = model(replace(RUN, dim=dim, head_dim=head_dim, enc_depth=1, dec_depth=1))
-    seen = m.pos_emb @ position_axes(Space.of(m.pos_emb, RowLayout.of(m.config).described), head_dim).T
+    looks = Looks(Space.of(m.pos_emb, RowLayout.of(m.config).described), head_dim)
+    seen = m.pos_emb @ looks.axes.T
     likeness = seen @ seen.T / seen.square().sum(1).mean()
-    share = (POSITION_LOGIT * likeness).softmax(1).diagonal()
+    share = (COPYING[0] * likeness).softmax(1).diagonal()
     assert share.min() > 0.96
+
+
+@pytest.mark.parametrize("offset", [0, *OFFSETS])
+def test_a_head_looks_as_far_off_as_it_is_told(offset: int) -> None:
+    """At a visible token of the position and kind, by the logits that it is given, through all norms."""
+    m = model(replace(RUN, dim=128))
+    space = Space.of(m.pos_emb, RowLayout.of(m.config).described)
+    looks = Looks(space, 32)
+    queries, keys = torch.zeros(128, 128), torch.zeros(128, 128)
+    at, kind = 11.0, 5.0
+    looks.set_head(2, queries, keys, (at, kind), (1.0, 1.0), offset)
+    assert not queries[:64].any()
+    assert not keys[96:].any()
+    image, joints = space.modalities(RowLayout.of(m.config).described)[:2]
+    here = m.pos_emb[40]
+    there = m.pos_emb[40 + offset]
+
+    def logit(query: torch.Tensor, key: torch.Tensor) -> float:
+        return float((queries @ query)[64:96] @ (keys @ key)[64:96]) / math.sqrt(32)
+
+    assert logit(here, there) == pytest.approx(at, rel=0.02)
+    assert logit(here, m.pos_emb[40 + offset + 3]) < 0.8 * at
+    assert logit(joints, joints) == pytest.approx(kind, rel=0.02)
+    assert logit(joints, image) == pytest.approx(0, abs=1e-3)
+    assert logit(joints + here, joints + there) == pytest.approx(at + kind, rel=0.02)
 
 
 @pytest.mark.parametrize(("dim", "head_dim"), [(8, 4), (16, 16), (24, 2), (32, 8)])
