@@ -42,6 +42,8 @@ class SampleOrder:
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Rows (int64, same shape) at positions (int64, any shape and order, at least 0)."""
         positions = np.asarray(positions, dtype=np.int64)
+        if positions.size == 0:
+            return positions.copy()
         epochs, offsets = np.divmod(positions.ravel(), self.num_rows)
         different, which = np.unique(epochs, return_inverse=True)
         if self.kind == "sorted":
@@ -50,7 +52,7 @@ class SampleOrder:
                 rows[which == index] = self._sorted(epoch)[offsets[which == index]]
         else:
             # (ROUNDS, 1) or (ROUNDS, positions): a batch of a small data set spans many epochs.
-            keys = np.stack([_philox(self.seed, epoch, ROUNDS) for epoch in different.tolist()] or [[]], axis=-1)
+            keys = np.stack([_philox(self.seed, epoch, ROUNDS) for epoch in different.tolist()], axis=-1)
             keys = keys[:, which] if len(different) > 1 else keys
             rows = permuted(offsets.astype(np.uint64), self.num_rows, keys).astype(np.int64)
         return rows.reshape(positions.shape)
