@@ -67,7 +67,8 @@ def _synth(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     settings = _settings(PrepareOptions, options)
     shard = options.shard or _rank()
-    _report(prepare(options.penn_action, options.out, settings, options.workers, shard), options.out)
+    summary = prepare(options.penn_action, options.out, settings, options.workers, shard, packed=options.packed)
+    _report(summary, options.out)
 
 
 def _settings(kind: type[Settings], options: argparse.Namespace) -> Settings:
@@ -213,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=_SEED, default=42)
     make.add_argument("--workers", type=_WORKERS, default=1)
     make.add_argument("--shard", type=_shard, help="i/n, i from 0: do every n-th video; default torchrun's rank")
+    make.add_argument("--packed", action="store_true", help="shards and an index in place of a folder a sample")
     make.set_defaults(run=_prepare)
 
     split = commands.add_parser("split", help="merge shards, or divide samples into train, eval and test anew")

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from m4.data.__main__ import main
 from m4.data.layout import find_splits, read_meta
 from m4.data.packed import check, packing
 from m4.data.packed.index import INDEX, JOURNAL, SHARDS, read_index
@@ -19,6 +20,8 @@ from m4.data.packed.samples import Samples
 from m4.data.packed.sources import Block
 from m4.data.packed.splits import split_packed
 from m4.data.packed.unpacking import unpack
+from m4.data.preparation.options import PrepareOptions
+from m4.data.preparation.prepare import merge, prepare
 from m4.data.split import split_output_dataset
 from m4.data.store import open_store
 from m4.errors import DataError
@@ -82,6 +85,53 @@ def test_real_data_with_captions_and_pairs(prepared, tmp_path, tree):
     assert tree(tmp_path / "back") == tree(prepared)
     index = read_index(tmp_path / "p")
     assert [(c.name, c.vocab_size) for c in index.columns][:2] == [("tok_rgb", 64_000), ("coords", 8192)]
+
+
+def prepare_both(videos, tmp_path, **options):
+    for name, packed in (("p", True), ("root", False)):
+        prepare(videos, tmp_path / name, PrepareOptions(**options), progress=False, packed=packed)
+    return tmp_path / "p", tmp_path / "root"
+
+
+def same_as_prepared(packed, folders):
+    names, vocab, lengths = STORE
+    assert find_splits(packed) == find_splits(folders)
+    for split in find_splits(folders):
+        ours, theirs = (open_store(root, split, names, vocab, lengths) for root in (packed, folders))
+        assert ours.fingerprint == theirs.fingerprint
+    without = read_meta(folders)
+    del without["content"]  # of files that are not there
+    assert read_meta(packed) == without
+
+
+def test_prepared_without_folders(videos, tmp_path, tree):
+    """prepare --packed gives the samples of prepare, whatever the split; again it changes nothing."""
+    packed, folders = prepare_both(videos, tmp_path)
+    same_as_prepared(packed, folders)
+    assert not [path for path in packed.iterdir() if path.is_dir() and path.name not in (SHARDS, ".cache", ".videos")]
+    before = tree(packed)
+    assert not prepare(videos, packed, progress=False, packed=True).fresh
+    assert tree(packed) == before
+    unpack(packed, tmp_path / "back", progress=False)
+    back, made = tree(tmp_path / "back"), tree(folders)
+    del back["meta.json"], made["meta.json"]
+    assert back == made
+    for root in (packed, folders):
+        merge(root, (0.4, 0.3, 0.3), seed=7, unit="pair")
+    same_as_prepared(packed, folders)
+    with pytest.raises(DataError, match="expected packed False, found data made with packed True"):
+        prepare(videos, packed, progress=False)
+
+
+def test_prepared_anew_when_a_video_changes(videos, tmp_path):
+    shutil.copytree(videos, tmp_path / "penn")
+    packed, folders = prepare_both(tmp_path / "penn", tmp_path, captions="none", split_unit="pair")
+    same_as_prepared(packed, folders)
+    shutil.copy(videos / "labels/0001.mat", tmp_path / "penn/labels/0002.mat")
+    shutil.rmtree(tmp_path / "penn/frames/0002")
+    shutil.copytree(videos / "frames/0001", tmp_path / "penn/frames/0002")
+    prepare_both(tmp_path / "penn", tmp_path, captions="none", split_unit="pair")
+    same_as_prepared(packed, folders)
 
 
 def test_indexing_as_an_array(tmp_path):
@@ -196,7 +246,7 @@ def test_dividing_needs_videos_and_names_that_differ(folders, tmp_path):
         split_packed(tmp_path / "p")
     write_tokens(tmp_path / "one", "train", 3, seed=9)
     pack_it(tmp_path / "one", out=tmp_path / "q")
-    with pytest.raises(DataError, match='the video of every sample, found none for 000000. Split with unit "pair"'):
+    with pytest.raises(DataError, match="the video of every sample, found none for 000000"):
         split_packed(tmp_path / "q")
 
 
@@ -299,6 +349,63 @@ def test_a_folder_that_cannot_be_written_to(folders, tmp_path, caplog, monkeypat
     assert caplog.text == ""
 
 
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_commands(prepared, videos, tmp_path, capsys):
+    root, other = tmp_path / "p", tmp_path / "both"
+    assert run(capsys, "pack", prepared, "--out", root, "--shard-rows", 3)[0] == 0
+    _, folders, _ = run(
+        capsys, "inspect", prepared, "--sheet", tmp_path / "one.png", "--samples", 3, "--penn-action", videos
+    )
+    status, out, _ = run(
+        capsys, "inspect", root, "--sheet", tmp_path / "two.png", "--samples", 3, "--penn-action", videos
+    )
+    assert status == 0
+    ours, theirs = ([line for line in text.splitlines() if "content" not in line][1:-1] for text in (out, folders))
+    assert ours == theirs
+    assert len(ours) > 20
+    assert "packed; the digests of all files are those of its index" in out
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    status, out, _ = run(
+        capsys, "pack", root, prepared, "--out", other, "--modality", "coords", "--modality", "tok_rgb:256"
+    )
+    assert status == 0
+    samples = sum(rows.rows for rows in read_index(root).splits.values())
+    assert f"{samples} samples packed into {other} ({samples} were there already): train " in out
+    status, out, _ = run(capsys, "split", root, "--fractions", 1, 0, 0, "--unit", "pair")
+    assert (status, out) == (0, f"train {samples}, eval 0, test 0\n")
+    status, out, _ = run(capsys, "unpack", root, "--out", tmp_path / "back")
+    assert (status, out) == (0, f"samples in {tmp_path / 'back'}: train {samples}\n")
+    status, out, _ = run(capsys, "prepare", "--penn-action", videos, "--out", tmp_path / "direct", "--packed")
+    assert status == 0
+    assert f"{samples} pairs of 5 videos in {tmp_path / 'direct'}: train" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pack", "nowhere", "--out", "p"], "nowhere: expected a data root"),
+        (["pack", "--out", "p"], "ROOT"),
+        (
+            ["pack", "x", "--out", "p", "--modality", "a:b"],
+            "--modality: expected NAME or NAME:TOKENS such as depth:256",
+        ),
+        (["pack", "x", "--out", "p", "--modality", "a", "--modality", "a"], "--modality: expected different names"),
+        (["pack", "x", "--out", "p", "--shard-rows", "0"], "--shard-rows: expected at least 1"),
+        (["unpack", "nowhere", "--out", "p"], "nowhere: expected a packed data set"),
+    ],
+)
+def test_mistakes(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_fit(folders, tmp_path):
     root = tmp_path / "p"
     pack_it(folders, out=root)
@@ -322,7 +429,9 @@ def test_what_does_not_fit(folders, tmp_path):
         pack_it(folders, out=tmp_path / "full")
     with pytest.raises(DataError, match="expected an output folder outside of the input"):
         pack_it(folders, out=folders / "p")
-    with pytest.raises(DataError, match="expected the modalities of .*tok_rgb of 12, .*found coords of 6. Choose them"):
+    with pytest.raises(
+        DataError, match=r"expected the modalities of .*tok_rgb of 12, .*found coords of 6. Choose them"
+    ):
         pack_it(folders, out=root, modalities={"coords": None})
     with pytest.raises(DataError, match=r"expected 5 tokens of coords, found shape \(6,\). Say how many"):
         pack_it(folders, out=tmp_path / "q", modalities={"coords": 5})

@@ -234,8 +234,8 @@ def _joined(out: Path, index: Index, source: Source, shards: list[Shard], added:
     rows = {split: np.array(split_rows(out, index, split)) for split in index.splits}
     for split, numbers in added.items():
         rows[split] = np.concatenate([rows.get(split, np.empty(0, np.int64)), np.array(numbers)])
-    totals = {split: len(rows[split]) for split in SPLITS if split in rows}
     meta = dict(index.meta)
+    totals = {s: len(rows.get(s, ())) for s in SPLITS if s in rows or s in meta.get("splits", {})}
     if meta and index.shards:  # no longer what one run of prepare made
         meta = {key: value for key, value in meta.items() if key not in ("content", "videos_digest", "videos")}
     if meta:

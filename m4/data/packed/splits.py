@@ -13,7 +13,7 @@ from m4.data.layout import SPLITS
 from m4.data.locking import LOCK, locked
 from m4.data.packed.check import Cache, fingerprint_of, tokens_of, verify
 from m4.data.packed.index import SHARDS, Index, SplitRows, read_index
-from m4.data.packed.samples import read_samples
+from m4.data.packed.samples import Samples, read_samples
 from m4.data.split import FRACTIONS, assigned, check_split, described
 from m4.errors import data_error
 from m4.files import write_atomically
@@ -65,37 +65,47 @@ def split_packed(
     """
     check_split(fractions, seed, unit)
     with locked(root / LOCK, str(root)):
-        index = read_index(root)
-        verify(root, index, Cache(root))
-        samples = read_samples(root, index)
-        numbers = {name: row for row, name in enumerate(samples.names)}
-        if len(numbers) < len(samples.names):
-            twice = next(name for row, name in enumerate(samples.names) if numbers[name] != row)
+        return divide_packed(root, fractions, seed, unit)
+
+
+def divide_packed(root: Path, fractions: Sequence[float], seed: int, unit: str) -> dict[str, int]:
+    """`split_packed` by a caller that has checked the arguments and holds the root's lock."""
+    index = read_index(root)
+    verify(root, index, Cache(root))
+    groups, numbers = _groups(root, read_samples(root, index), unit)
+    members = assigned(groups, fractions, seed)
+    rows = {split: np.array([numbers[name] for name in names], np.int64) for split, names in members.items()}
+    totals = {split: len(names) for split, names in members.items()}
+    new = with_splits(root, replace(index, meta=described(index.meta, fractions, seed, unit, totals)), rows)
+    if new != index:
+        new.write(root)
+    for path in (root / SHARDS).glob("*.rows"):
+        if path.name not in new.files():
+            path.unlink()
+    verify(root, new, Cache(root))
+    return totals
+
+
+def _groups(root: Path, samples: Samples, unit: str) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The samples that stay together, by name; and the row of each."""
+    numbers = {name: row for row, name in enumerate(samples.names)}
+    if len(numbers) < len(samples.names):
+        twice = next(name for row, name in enumerate(samples.names) if numbers[name] != row)
+        raise data_error(
+            root,
+            expected="each sample once",
+            actual=f"two of the name {twice}, in different splits",
+            remedy="Pack the splits with different --prefix, or leave them as they are.",
+        )
+    groups: dict[str, list[str]] = {}
+    for name in sorted(numbers):
+        video = samples.videos[numbers[name]] if unit == "video" else name
+        if video is None:
             raise data_error(
                 root,
-                expected="each sample once",
-                actual=f"two of the name {twice}, in different splits",
-                remedy="Pack the splits with different --prefix, or leave them as they are.",
+                expected="the video of every sample",
+                actual=f"none for {name}",
+                remedy='Split with unit "pair", or pack data with a pairs.csv.',
             )
-        groups: dict[str, list[str]] = {}
-        for name in sorted(numbers):
-            video = samples.videos[numbers[name]] if unit == "video" else name
-            if video is None:
-                raise data_error(
-                    root,
-                    expected="the video of every sample",
-                    actual=f"none for {name}",
-                    remedy='Split with unit "pair", or pack data with a pairs.csv.',
-                )
-            groups.setdefault(video, []).append(name)
-        members = assigned(groups, fractions, seed)
-        rows = {split: np.array([numbers[n] for n in names], np.int64) for split, names in members.items()}
-        totals = {split: len(names) for split, names in members.items()}
-        new = with_splits(root, replace(index, meta=described(index.meta, fractions, seed, unit, totals)), rows)
-        if new != index:
-            new.write(root)
-        for path in (root / SHARDS).glob("*.rows"):
-            if path.name not in new.files():
-                path.unlink()
-        verify(root, new, Cache(root))
-    return totals
+        groups.setdefault(video, []).append(name)
+    return groups, numbers

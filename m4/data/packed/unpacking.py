@@ -15,7 +15,7 @@ from m4.data.checks import check_apart
 from m4.data.layout import UNFINISHED
 from m4.data.locking import LOCK, locked
 from m4.data.packed.check import Cache, tokens_of, verify
-from m4.data.packed.index import Index, read_index
+from m4.data.packed.index import Index, is_packed, read_index
 from m4.data.packed.samples import Samples, split_samples
 from m4.errors import data_error
 from m4.files import writable_folder, write_atomically
@@ -29,6 +29,8 @@ def unpack(root: Path, out: Path, progress: bool = True) -> dict[str, int]:
     Token files have the shape and dtype of the first file that was packed. Until all is written readers refuse ``out``,
     and the same call goes on with it. Raises DataError for a damaged data set, or an ``out`` that holds something else.
     """
+    if not is_packed(root):
+        raise data_error(root, expected="a packed data set", actual="none", remedy="Check the path.")
     check_apart(out, root)
     index = read_index(root)
     verify(root, index, Cache(root))
