@@ -68,6 +68,6 @@ def test_evaluated_and_generated_from(saved_run, picture_data, tmp_path, monkeyp
             monkeypatch.setattr("sys.argv", ["command", "--run", str(saved_run), "--data", str(root), *more])
             assert exit_status(main) == 0, capsys.readouterr().err
         evaluation = json.loads((saved_run / "evaluation-eval.json").read_text())
-        evaluation = {key: value for key, value in evaluation.items() if key not in ("data", "root", "seconds")}
+        evaluation = {key: value for key, value in evaluation.items() if key != "data_root"}
         results.append((evaluation, (tmp_path / "p.png").read_bytes()))
     assert results[0] == results[1]

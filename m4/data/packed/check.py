@@ -107,15 +107,15 @@ def _stamps(root: Path, index: Index) -> dict[str, str]:
     """File → its digest by the index and its status."""
     sizes = {shard.tokens: 2 * shard.rows * index.row_tokens for shard in index.shards}
     sizes |= {split.file: 8 * split.rows for split in index.splits.values() if split.file is not None}
-    stamps = {}
+    stamps, folder = {}, str(root / SHARDS)
     for name, digest in index.files().items():
-        path, size = root / SHARDS / name, sizes.get(name)
+        size = sizes.get(name)
         try:
-            status = path.stat()
+            status = os.stat(f"{folder}/{name}")
         except FileNotFoundError:
-            raise damaged(path, "a file of this packed data set", "no such file") from None
+            raise damaged(root / SHARDS / name, "a file of this packed data set", "no such file") from None
         if size is not None and status.st_size != size:
-            raise damaged(path, f"{size:,} bytes", f"{status.st_size:,}")
+            raise damaged(root / SHARDS / name, f"{size:,} bytes", f"{status.st_size:,}")
         stamp = FileStamp()
         stamp.add(f"{name}:{digest}", status)
         stamps[name] = stamp.hexdigest()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,20 @@ class Index:
     @cached_property
     def digest(self) -> str:
         """Of everything it says, and so of the content of the data set."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return _digest_of(self.content())
+
+    def content(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {
+            "columns": [vars(column) for column in self.columns],
+            "shards": [vars(shard) for shard in self.shards],
+            "splits": {name: vars(split) for name, split in self.splits.items()},
+            "meta": self.meta,
+        }
 
     def write(self, root: Path) -> None:
         """Make this the index of the data set. Raises OSError."""
-        text = json.dumps({"format": FORMAT, "digest": self.digest, **asdict(self)}, indent=1)
+        text = json.dumps({"format": FORMAT, "digest": self.digest, **self.content()}, indent=1)
         write_atomically(root / INDEX, (text + "\n").encode())
 
 
@@ -131,12 +140,17 @@ def read_index(root: Path) -> Index:
             {name: SplitRows(**split) for name, split in content["splits"].items()},
             content["meta"],
         )
-        digest = content["digest"]
+        digest = content.pop("digest")
     except (AttributeError, KeyError, TypeError) as error:
         raise damaged(path, "the index of a packed data set", f"one that lacks or adds something ({error})") from error
-    if digest != index.digest:
+    del content["format"]
+    if digest != _digest_of(content):
         raise damaged(path, "an index with its own digest", "one that was changed or damaged")
     return index
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def shard_of(content: Mapping[str, Any]) -> Shard:

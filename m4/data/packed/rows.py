@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class ShardRows:
         self._rows = [rows for _, rows in files]
         self._ends = np.cumsum([0, *self._rows])[1:]
         self.length = length
-        self._open: dict[int, np.memmap] = {}
+        self._open: dict[tuple[int, bool], np.memmap] = {}
         self._most_open = max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARE_OF_DESCRIPTORS)
 
     def __len__(self) -> int:
@@ -38,13 +39,14 @@ class ShardRows:
         present = np.unique(shards)
         if len(present) == 1:
             shard = int(present[0])
-            return self._map(shard)[numbers - self._start(shard)][:, columns]
+            return self._map(shard, scattered=True)[numbers - self._start(shard)][:, columns]
         width = len(np.arange(self.length)[columns])
         result = np.empty((len(numbers), width), np.uint16)
         order = np.argsort(shards, kind="stable")
         for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1) if len(order) else []:
             shard = int(shards[part[0]])
-            result[part] = self._map(shard)[numbers[part] - self._start(shard)][:, columns]
+            part_rows = self._map(shard, scattered=True)[numbers[part] - self._start(shard)]
+            result[part] = part_rows[:, columns]
         return result
 
     def stretch(self, start: int, stop: int) -> np.ndarray | None:
@@ -53,19 +55,21 @@ class ShardRows:
         if stop <= start or shard >= len(self._paths) or stop > self._ends[shard]:
             return None
         first = self._start(shard)
-        return self._map(shard)[start - first : stop - first]
+        return self._map(shard, scattered=False)[start - first : stop - first]
 
     def _start(self, shard: int) -> int:
         return int(self._ends[shard]) - self._rows[shard]
 
-    def _map(self, shard: int) -> np.memmap:
-        found = self._open.pop(shard, None)
+    def _map(self, shard: int, *, scattered: bool) -> np.memmap:
+        found = self._open.pop((shard, scattered), None)
         if found is None:
             while len(self._open) >= self._most_open:
                 del self._open[next(iter(self._open))]  # the longest unused
             shape = (self._rows[shard], self.length)
             found = np.memmap(self._paths[shard], dtype="<u2", mode="r", shape=shape)
-        self._open[shard] = found
+            if scattered:  # else every row of a file that is not in memory would read 128 kB around it
+                found._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        self._open[shard, scattered] = found
         return found
 
 

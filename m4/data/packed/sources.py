@@ -78,14 +78,17 @@ class FolderSource:
         for split in self._captions:
             find_pids(root, split, [self.columns[0].name, "captions"])
         self._pairs = read_pairs(root)
+        self._found: dict[tuple[str, str, str], str] = {}  # the files that were stamped last
 
     def stamp(self, split: str, rows: Sequence[int]) -> str:
         stamp = FileStamp()
+        self._found = {}
         for name in self._folders(split):
             for row in rows:
                 pid = self.splits[split][row]
                 entry = token_file(self._root / split / name / pid)
                 stamp.add(f"{name}/{pid}/{entry.name}", entry.stat())
+                self._found[split, name, pid] = entry.path
         stamp.settle()
         pairs = [self._pairs.get(self.splits[split][row]) for row in rows]
         return hashlib.sha256(json.dumps([stamp.hexdigest(), pairs]).encode()).hexdigest()
@@ -95,14 +98,14 @@ class FolderSource:
         parts: list[np.ndarray] = []
         notes: dict[str, int] = {}
         for column in self.columns:
-            files = [token_file(self._root / split / column.name / pid).path for pid in pids]
+            files = [self._file(split, column.name, pid) for pid in pids]
             part = read_packable(self._root, column.name, files, column.length, column.vocab_size or 2**16)
             parts.append(part.rows.astype(np.uint16))
             notes |= {f"{column.name}: {note}": files for note, files in part.notes.items()}
         pairs = [self._pairs.get(pid) for pid in pids]
         captions: list[str | None] = [None] * len(pids)
         if split in self._captions:
-            captions = [read_caption(Path(token_file(self._root / split / "captions" / pid).path)) for pid in pids]
+            captions = [read_caption(Path(self._file(split, "captions", pid))) for pid in pids]
         samples = Samples(
             pids,
             [None if pair is None else pair[0] for pair in pairs],
@@ -110,6 +113,9 @@ class FolderSource:
             captions,
         )
         return Block(np.concatenate(parts, axis=1), samples, notes)
+
+    def _file(self, split: str, name: str, pid: str) -> str:
+        return self._found.get((split, name, pid)) or token_file(self._root / split / name / pid).path
 
     def _folders(self, split: str) -> list[str]:
         return [c.name for c in self.columns] + (["captions"] if split in self._captions else [])
