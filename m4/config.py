@@ -94,6 +94,7 @@ class DataSection:
     train_split: str = "train"
     eval_split: str = "eval"
     mirror: bool = False  # training samples left to right, one in two
+    order: str = "feistel"  # of the training samples; sorted: that of runs begun before there was a choice
 
 
 @dataclass
@@ -391,7 +392,7 @@ def _check(c: TrainConfig) -> None:
     for key in ("seed", "eval_seed"):
         require(getattr(c, key) >= 0, key, "a value in 0 … 2^63 - 1")
     require(c.eval_generate_samples >= 0, "eval_generate_samples", "a value of at least 0, which means none")
-
+    require(c.data.order in ("feistel", "sorted"), "data.order", "feistel or sorted")
     require(c.dtype in DTYPES, "dtype", " or ".join(DTYPES))
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
     require(DEVICE_NAME.fullmatch(c.device) is not None, "device", DEVICE_NAMES)

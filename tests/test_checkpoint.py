@@ -18,6 +18,7 @@ from m4.checkpoint import RunIdentity, check_same_run, load_checkpoint, newest_w
 from m4.config import TrainConfig, load_config
 from m4.errors import CheckpointError
 from m4.training.optimizer import build_optimizer
+from m4.training.trainer import Trainer
 from tests.runs import environment, write_config
 
 IDENTITY = RunIdentity("abc", 8)
@@ -182,6 +183,18 @@ def test_what_may_change(saved, tiny_config, override):
     path, meta = newest_whole(saved[0])
     other, _ = load_config(tiny_config, [override])
     check_same_run(path, meta, other, IDENTITY)
+
+
+def test_a_checkpoint_from_before_the_order_had_a_name(saved, tiny_config):
+    """It was trained in the sorted order: refused under another, which would show it some samples twice."""
+    path, meta = newest_whole(saved[0])
+    del meta["config"]["data"]["order"]
+    with pytest.raises(CheckpointError, match=r"data.order is 'sorted' there and 'feistel' now; set it back to resume"):
+        check_same_run(path, meta, load_config(tiny_config)[0], IDENTITY)
+    same, _ = load_config(tiny_config, ["data.order=sorted"])
+    assert check_same_run(path, meta, same, IDENTITY) == []
+    order = Trainer(same, device=torch.device("cpu")).batches._order
+    assert order.kind == "sorted"
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000])

@@ -157,6 +157,7 @@ FAULTS = [
     ("weight_decay=-0.1", ["weight_decay", "-0.1"]),
     ("clip_grad=0", ["clip_grad"]),
     ("dtype=fp16", ["dtype", "fp16", "bf16"]),
+    ("data.order=random", ["data.order", "feistel or sorted", "random"]),
     ("kernels=fast", ["kernels", "fast", "reference-matmul"]),
     ("device=tpu", ["device", "tpu", "cuda"]),
     ("training_time=soon", ["training_time", "soon"]),

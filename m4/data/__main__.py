@@ -1,4 +1,4 @@
-"""``python -m m4.data``: synth, prepare, split, inspect, sample."""
+"""``python -m m4.data``: synth, prepare, split, inspect, sample, pack, unpack."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from m4.data.framing import FRAMINGS
 from m4.data.inspection.dataset_statistics import describe, read_all
 from m4.data.inspection.sheet import compare_with_frames, sheet_of
 from m4.data.layout import find_splits, read_meta
+from m4.data.packed.index import is_packed
+from m4.data.packed.packing import SHARD_ROWS, pack
+from m4.data.packed.splits import split_packed
+from m4.data.packed.unpacking import unpack
 from m4.data.penn_action import list_videos
 from m4.data.preparation.captions import CAPTIONS
 from m4.data.preparation.options import PrepareOptions
@@ -63,7 +67,8 @@ def _synth(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     settings = _settings(PrepareOptions, options)
     shard = options.shard or _rank()
-    _report(prepare(options.penn_action, options.out, settings, options.workers, shard), options.out)
+    summary = prepare(options.penn_action, options.out, settings, options.workers, shard, packed=options.packed)
+    _report(summary, options.out)
 
 
 def _settings(kind: type[Settings], options: argparse.Namespace) -> Settings:
@@ -112,7 +117,8 @@ def _split(options: argparse.Namespace) -> None:
         totals = summary.splits
     else:
         seed = 42 if options.seed is None else options.seed
-        totals = split_output_dataset(options.root, options.fractions, seed, options.unit or "video")
+        divide = split_packed if is_packed(options.root) else split_output_dataset
+        totals = divide(options.root, options.fractions, seed, options.unit or "video")
     print(", ".join(f"{split} {count}" for split, count in totals.items()))
     _report_bad(summary.bad if summary else {})
 
@@ -140,6 +146,27 @@ def _inspect(options: argparse.Namespace) -> None:
         picture = sheet_of(root, splits, options.samples, tokenizer)
         write_atomically(sheet, picture_bytes(picture, sheet.suffix))
         print(f"contact sheet: {sheet}")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    names = [name for name, _ in options.modality]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--modality: expected different names, got {', '.join(names)}")
+    packed = pack(
+        options.roots,
+        options.out,
+        modalities=dict(options.modality),
+        prefix=options.prefix,
+        shard_rows=options.shard_rows,
+    )
+    splits = ", ".join(f"{split} {count}" for split, count in packed.splits.items())
+    there = f" ({packed.present} were there already)" if packed.present else ""
+    print(f"{packed.added} samples packed into {options.out}{there}: {splits}")
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    splits = unpack(options.root, options.out)
+    print(f"samples in {options.out}: {', '.join(f'{split} {count}' for split, count in splits.items())}")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -187,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--seed", type=_SEED, default=42)
     make.add_argument("--workers", type=_WORKERS, default=1)
     make.add_argument("--shard", type=_shard, help="i/n, i from 0: do every n-th video; default torchrun's rank")
+    make.add_argument("--packed", action="store_true", help="shards and an index in place of a folder a sample")
     make.set_defaults(run=_prepare)
 
     split = commands.add_parser("split", help="merge shards, or divide samples into train, eval and test anew")
@@ -206,6 +234,26 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--cosmos-dir", type=_home, help="folder with decoder.jit, for data made with cosmos")
     inspect.set_defaults(run=_inspect)
 
+    packing = commands.add_parser("pack", help="pack data sets into shards that training reads without listing files")
+    packing.add_argument("roots", type=_path, nargs="+", metavar="ROOT", help="in folders, or packed (to merge)")
+    packing.add_argument("--out", type=_path, required=True, help="what is packed there already is added to")
+    packing.add_argument(
+        "--modality",
+        type=_modality,
+        action="append",
+        default=[],
+        metavar="NAME[:TOKENS]",
+        help="which, in this order (repeat it), and their tokens a sample; default all",
+    )
+    packing.add_argument("--prefix", default="", help="put before the names of samples and videos")
+    packing.add_argument("--shard-rows", type=whole(1), default=SHARD_ROWS, help="samples of a shard at most")
+    packing.set_defaults(run=_pack)
+
+    unpacking = commands.add_parser("unpack", help="write a packed data set as folders again")
+    unpacking.add_argument("root", type=_path)
+    unpacking.add_argument("--out", type=_path, required=True)
+    unpacking.set_defaults(run=_unpack)
+
     sample = commands.add_parser("sample", help="make the embedded sample set")
     sample.add_argument("--out", type=_path, required=True)
     sample.add_argument("--videos", type=whole(1), default=SAMPLE_VIDEOS)
@@ -222,6 +270,15 @@ def _path(text: str) -> Path:
 
 
 _home = os.path.expanduser  # a path, or the name of a repository
+
+
+def _modality(text: str) -> tuple[str, int | None]:
+    name, found, tokens = text.rpartition(":")
+    if not found:
+        return text, None
+    if not name or not tokens.isdecimal() or int(tokens) < 1:
+        raise argparse.ArgumentTypeError(f"expected NAME or NAME:TOKENS such as depth:256, got {text!r}")
+    return name, int(tokens)
 
 
 def _numbers(text: str, separator: str, example: str) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from m4.data.packed.index import is_packed, read_index
 from m4.errors import DataError, data_error
 
 FORMAT = "m4-tokens-v1"
@@ -26,6 +28,9 @@ def find_splits(root: Path) -> list[str]:
             actual="no such folder",
             remedy="Check data.root, or set it to null for the embedded sample set.",
         )
+    if is_packed(root):
+        splits = read_index(root).splits
+        return [split for split in SPLITS if split in splits]
     if (root / UNFINISHED).exists():
         raise data_error(
             root,
@@ -54,8 +59,11 @@ def find_splits(root: Path) -> list[str]:
 def read_meta(root: Path) -> dict:
     """The content of ``root``'s meta.json; {} where there is none, or one that this package did not write.
 
-    Raises DataError for a damaged file, or one of another version of the format.
+    A packed data set keeps it in its index. Raises DataError for a damaged file, or one of another version of the
+    format.
     """
+    if is_packed(root):
+        return read_index(root).meta
     path = root / "meta.json"
     try:
         meta = json.loads(path.read_text())
@@ -137,6 +145,36 @@ def find_pids(root: Path, split: str, modalities: Sequence[str]) -> list[str]:
     return sorted(everything)
 
 
+def read_pairs(root: Path) -> dict[str, tuple[str, int, int]]:
+    """pid → (video, reference frame, successor frame), counted from 1; {} without pairs.csv. Raises DataError."""
+    path = root / "pairs.csv"
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="") as file:
+            return {
+                row["pid"]: (row["video"], int(row["reference_frame"]), int(row["successor_frame"]))
+                for row in csv.DictReader(file)
+            }
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise data_error(
+            path,
+            expected="the columns pid, video, reference_frame, successor_frame",
+            actual=f"{type(error).__name__}: {error}",
+            remedy="Prepare the data again.",
+        ) from error
+
+
+def read_caption(path: Path) -> str:
+    """The text of one captions file. Raises DataError."""
+    try:
+        return str(json.loads(path.read_text())["caption"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise data_error(
+            path, expected='{"caption": "…"}', actual=f"{type(error).__name__}: {error}", remedy=_BAD_TOKENS
+        ) from error
+
+
 def token_file(folder: Path) -> os.DirEntry:
     """The single file of a pid folder, whatever its name. Raises DataError for none or several."""
     try:
@@ -158,7 +196,9 @@ __all__ = [
     "content_digest",
     "find_pids",
     "find_splits",
+    "read_caption",
     "read_meta",
+    "read_pairs",
     "require_meta",
     "token_file",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from m4.data.layout import read_meta
 from m4.errors import DataError, data_error
 from m4.modalities import BINS, CANVAS, Modality, data_vocab_size, modality_of
 
+MAX_VOCAB = 2**16  # rows are 16-bit
 _BAD_TOKENS = "Prepare this sample again: python -m m4.data prepare."
 _OLD_RULES = "Prepare the data again from the videos: python -m m4.data prepare."
 # So many visible joints that all of them within the first 256 of 8,192 bins cannot be chance.
@@ -161,10 +163,28 @@ def check_joints(modality: Modality, rows: np.ndarray, paths: Sequence[str], bin
     return []
 
 
-def read_rows(
-    root: Path, name: str, paths: Sequence[str], length: int, vocab_size: int = BINS
-) -> tuple[np.ndarray, list[str]]:
-    """All files of the modality ``name`` of a split as int64 (N, length), and what was assumed in reading them.
+@dataclass(frozen=True, eq=False)
+class ReadRows:
+    """The tokens of some files of a modality, int64 (N, length), and what was assumed in reading them.
+
+    notes: assumption → files that it was made of, 0 where it is about all of them.
+    """
+
+    rows: np.ndarray
+    notes: dict[str, int]
+
+    def said(self) -> list[str]:
+        """The notes as lines."""
+        return [f"{note} ({files} of {len(self.rows)})" if files else note for note, files in self.notes.items()]
+
+    def largest(self) -> tuple[int, int]:
+        """The largest token and its row."""
+        row = int(self.rows.max(axis=1).argmax())
+        return int(self.rows[row].max()), row
+
+
+def read_files(root: Path, name: str, paths: Sequence[str], length: int, vocab_size: int = BINS) -> ReadRows:
+    """All files of the modality ``name`` of a split.
 
     Raises DataError for a file that cannot be read, or joints of other rules than ours (judged where the vocabulary
     has room for 8,192 bins).
@@ -172,20 +192,43 @@ def read_rows(
     modality = modality_of(name, length)
     reader = TokenReader(modality)
     rows = np.stack([reader.read(path) for path in paths]).astype(np.int64)
-    notes = [f"files {assumption} ({files} of {len(paths)})" for assumption, files in reader.notes.items()]
+    notes = {f"files {assumption}": files for assumption, files in reader.notes.items()}
     if modality.kind == "joints" and vocab_size >= BINS:
         meta = read_meta(root)
-        notes += check_joints(modality, rows, paths, data_vocab_size(name, meta))
+        notes |= dict.fromkeys(check_joints(modality, rows, paths, data_vocab_size(name, meta)), 0)
         if not meta:
-            notes.append(
+            notes[
                 "no meta.json of python -m m4.data, so nothing says how joints were scaled; taken as sharing the "
                 "window of the frames (the M3 notebook's rules displace them: prepare such data again)"
-            )
-    return rows, notes
+            ] = 0
+    return ReadRows(rows, notes)
+
+
+def read_rows(
+    root: Path, name: str, paths: Sequence[str], length: int, vocab_size: int = BINS
+) -> tuple[np.ndarray, list[str]]:
+    """The rows of `read_files`, and its notes as lines."""
+    read = read_files(root, name, paths, length, vocab_size)
+    return read.rows, read.said()
+
+
+def read_packable(root: Path, name: str, paths: Sequence[str], length: int, vocab_size: int = BINS) -> ReadRows:
+    """`read_files`, whose tokens fit 16 bits; else DataError."""
+    read = read_files(root, name, paths, length, vocab_size)
+    low, (most, row) = int(read.rows.min(axis=1).argmin()), read.largest()
+    least = int(read.rows[low].min())
+    if least < 0 or most >= MAX_VOCAB:
+        raise data_error(
+            paths[low if least < 0 else row],
+            expected=f"tokens in [0, {MAX_VOCAB})",
+            actual=least if least < 0 else most,
+            remedy=_BAD_TOKENS,
+        )
+    return read
 
 
 def _extremes(values: np.ndarray) -> str:
     return f"{values.min():.4g} … {values.max():.4g}"
 
 
-__all__ = ["DataError", "TokenReader", "check_joints", "read_rows"]
+__all__ = ["DataError", "TokenReader", "check_joints", "read_files", "read_packable", "read_rows"]

@@ -6,8 +6,9 @@ import csv
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,23 +76,28 @@ def divide(root: Path, fractions: Sequence[float], seed: int, unit: str) -> dict
             root, expected="samples (MODALITY/PID/FILE)", actual="none", remedy="Run python -m m4.data prepare first."
         )
     groups = _videos(root, pids) if unit == "video" else {pid: [pid] for pid in pids}
-    names = sorted(groups)
-    order = np.random.default_rng(seed).permutation(len(names))
-    counts = _share(len(names), fractions)
-    totals = dict.fromkeys(SPLITS, 0)
+    members = assigned(groups, fractions, seed)
+    totals = {split: len(chosen) for split, chosen in members.items()}
     moves: list[tuple[Path, Path]] = []
-    start = 0
-    for split, count in zip(SPLITS, counts, strict=True):
-        members = [pid for index in order[start : start + count] for pid in groups[names[index]]]
-        start += count
-        totals[split] = len(members)
-        for pid in members:
+    for split, chosen in members.items():
+        for pid in chosen:
             for modality in modalities:
                 folder, destination = folders.get((modality, pid)), root / split / modality / pid
                 if folder is not None and folder != destination:
                     moves.append((folder, destination))
     _carry_out(root, moves, modalities, _described(root, fractions, seed, unit, totals))
     return totals
+
+
+def assigned(groups: Mapping[str, Sequence[str]], fractions: Sequence[float], seed: int) -> dict[str, list[str]]:
+    """Split → the samples that fall to it, of groups that stay together (name → samples)."""
+    names = sorted(groups)
+    order = np.random.default_rng(seed).permutation(len(names))
+    members, start = {}, 0
+    for split, count in zip(SPLITS, _share(len(names), fractions), strict=True):
+        members[split] = [pid for index in order[start : start + count] for pid in groups[names[index]]]
+        start += count
+    return members
 
 
 def _carry_out(root: Path, moves: list[tuple[Path, Path]], modalities: list[str], meta: bytes | None) -> None:
@@ -114,11 +120,18 @@ def _carry_out(root: Path, moves: list[tuple[Path, Path]], modalities: list[str]
 def _described(root: Path, fractions: Sequence[float], seed: int, unit: str, totals: dict[str, int]) -> bytes | None:
     """meta.json saying how the samples are divided now; None where there is none, or none to be changed."""
     meta = read_meta(root)
-    if not meta:
-        return None
-    options = {**meta["options"], "split_unit": unit, "seed": seed}
-    new = {**meta, "options": options, "fractions": list(fractions), "splits": totals}
+    new = described(meta, fractions, seed, unit, totals)
     return None if new == meta else (json.dumps(new, indent=1) + "\n").encode()
+
+
+def described(
+    meta: dict[str, Any], fractions: Sequence[float], seed: int, unit: str, totals: dict[str, int]
+) -> dict[str, Any]:
+    """What meta.json says once the samples are divided so; {} stays {}."""
+    if not meta:
+        return meta
+    options = {**meta["options"], "split_unit": unit, "seed": seed}
+    return {**meta, "options": options, "fractions": list(fractions), "splits": totals}
 
 
 def _sample_folders(root: Path) -> dict[tuple[str, str], Path]:

@@ -1,7 +1,8 @@
-"""The packed token store that training reads: one uint16 row of Σ max_seq_lens per sample, memory-mapped.
+"""The token store that training reads: one uint16 row of Σ max_seq_lens per sample, memory-mapped.
 
-It is built once from ``{root}/{split}/{modality}/{pid}/{file}``, by one process while others wait, and built anew when
-the name or status of any file differs (`m4.data.stamps`). Nothing of the preparation code is imported here.
+A packed data set (`m4.data.packed`) is read as it stands. Of ``{root}/{split}/{modality}/{pid}/{file}`` a packed cache
+is built once, by one process while others wait, and built anew when the name or status of any file differs
+(`m4.data.stamps`). Nothing of the preparation code is imported here.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import torch
 
 from m4.data.layout import find_pids, token_file
 from m4.data.locking import locked
-from m4.data.reading import read_rows
+from m4.data.packed.check import fingerprint_of
+from m4.data.packed.index import is_packed
+from m4.data.packed.opening import open_rows
+from m4.data.packed.rows import SplitTokens
+from m4.data.reading import MAX_VOCAB, read_packable
 from m4.data.stamps import FileStamp
 from m4.errors import DataError, data_error
 from m4.files import writable_folder, write_atomically
 
 _VERSION = 1
-_MAX_VOCAB = 2**16
 _log = logging.getLogger(__name__)
 
 
@@ -34,12 +38,12 @@ class TokenStore:
     """The samples of one split. Rows are in the order of ``pids``, modality after modality.
 
     tokens: memory-mapped uint16 (N, L), L = Σ max_seq_lens; every row is full. fingerprint: hex digest of the content,
-    the same wherever the data lies.
+    the same wherever the data lies, in folders or packed.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | SplitTokens
     fingerprint: str
-    pids: tuple[str, ...]
+    pids: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -57,7 +61,7 @@ def open_store(
     max_seq_lens: Sequence[int],
     cache_dir: str | os.PathLike | None = None,
 ) -> TokenStore:
-    """Open the packed store of ``split``, building it first if it is absent or out of date.
+    """Open the store of ``split``; of a data set in folders it is built first if it is absent or out of date.
 
     The cache lies in ``{root}/.cache`` unless ``cache_dir`` is given. Readable token files are .npy arrays under any
     name: integers of any width, flat, of any shape with max_seq_lens[m] values, or with a leading augmentation axis, of
@@ -77,13 +81,15 @@ def open_store(
             remedy="Give every modality a vocabulary size and a sequence length.",
         )
     for modality, size in zip(modalities, vocab_sizes, strict=True):
-        if not 1 <= size <= _MAX_VOCAB:
+        if not 1 <= size <= MAX_VOCAB:
             raise data_error(
                 f"vocab_sizes ({modality})",
-                expected=f"1 to {_MAX_VOCAB}, since rows are 16-bit",
+                expected=f"1 to {MAX_VOCAB}, since rows are 16-bit",
                 actual=size,
                 remedy="Use a smaller vocabulary.",
             )
+    if is_packed(root):
+        return TokenStore(*open_rows(root, split, modalities, vocab_sizes, max_seq_lens, cache_dir))
     pids = find_pids(root, split, modalities)
     files, stamp = _survey(root, split, modalities, pids)
     layout = hashlib.sha256(json.dumps([_VERSION, modalities, max_seq_lens]).encode())
@@ -177,19 +183,10 @@ def _build(
     assumptions: list[str] = []
     start = 0
     for modality, length, vocab_size in zip(modalities, max_seq_lens, vocab_sizes, strict=True):
-        rows, notes = read_rows(root, modality, files[modality], length, vocab_size)
-        assumptions += [f"{modality}: {note}" for note in notes]
-        row = int(rows.max(axis=1).argmax())
-        largest.append((int(rows[row].max()), row))
-        low = int(rows.min(axis=1).argmin())
-        worst = low if rows[low].min() < 0 else row if rows[row].max() >= _MAX_VOCAB else None
-        if worst is not None:
-            raise data_error(
-                files[modality][worst],
-                expected=f"tokens in [0, {_MAX_VOCAB})",
-                actual=int(rows[worst].min() if worst == low else rows[worst].max()),
-                remedy="Prepare this sample again: python -m m4.data prepare.",
-            )
+        read = read_packable(root, modality, files[modality], length, vocab_size)
+        rows = read.rows
+        assumptions += [f"{modality}: {note}" for note in read.said()]
+        largest.append(read.largest())
         packed[:, start : start + length] = rows
         start += length
     if _survey(root, split, modalities, pids)[1].hexdigest() != stamp.hexdigest():
@@ -199,9 +196,7 @@ def _build(
             actual="some that were written to meanwhile",
             remedy="Run this again once whatever writes there has finished.",
         )
-    digest = hashlib.sha256(json.dumps([modalities, max_seq_lens, pids]).encode())
-    digest.update(packed.astype("<u2").tobytes())
-    fingerprint = digest.hexdigest()
+    fingerprint = fingerprint_of(modalities, max_seq_lens, pids, packed)
     data = f"{index_path.stem}-{fingerprint[:16]}.u16"
     index = {
         "stamp": stamp.hexdigest(),

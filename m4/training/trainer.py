@@ -94,7 +94,7 @@ class Trainer:
         with enough_memory(_LESS_MEMORY):
             self.model = build_model(config, device)
             self.optimizer = build_optimizer(self.model, config)
-            order = SampleOrder(len(train), config.seed)
+            order = SampleOrder(len(train), config.seed, config.data.order)
             mirror = Mirror.of(config, self.stores.meta, train, device)
             self.batches = TrainBatches(
                 train,

@@ -6,9 +6,7 @@ where it is there, and missed aloud where it is not.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -17,15 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m4.data.layout import content_digest, find_pids, find_splits, read_meta, token_file
+from m4.data import layout
+from m4.data.layout import content_digest, find_pids, find_splits, read_caption, read_meta, token_file
+from m4.data.packed.index import is_packed, read_index
+from m4.data.packed.samples import read_samples, split_samples
 from m4.data.penn_action import JOINTS
-from m4.data.reading import read_rows
+from m4.data.reading import MAX_VOCAB, read_rows
+from m4.data.store import open_store
 from m4.errors import DataError, data_error
-from m4.modalities import BINS, CANVAS, TABLE, TOKEN_SHAPES, Modality, data_vocab_size
+from m4.modalities import BINS, CANVAS, TABLE, TOKEN_SHAPES, Modality, RowLayout, data_vocab_size
 from m4kernels import dequantize_coords
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _HISTOGRAM_BINS = 40
+_NOT_KNOWN = "Statistics are of modalities that m4.modalities knows."
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,33 +52,42 @@ def read_split(root: Path, split: str, modalities: list[str]) -> Split:
     captions = None
     if (root / split / "captions").is_dir():
         find_pids(root, split, [modalities[0], "captions"])
-        captions = [_caption(Path(token_file(root / split / "captions" / pid).path)) for pid in pids]
+        captions = [read_caption(Path(token_file(root / split / "captions" / pid).path)) for pid in pids]
     return Split(split, pids, tokens, notes, captions)
 
 
 def read_all(root: Path) -> list[Split]:
     """Every split that is there. Raises DataError for a root without data or a sample that cannot be read."""
+    if is_packed(root):
+        return [_read_packed(root, split) for split in find_splits(root)]
     return [read_split(root, split, _token_modalities(root, split)) for split in find_splits(root)]
 
 
+def _read_packed(root: Path, split: str) -> Split:
+    index = read_index(root)
+    known = [c.name for c in index.columns if c.name in TOKEN_SHAPES and c.length == TABLE[c.name].length]
+    if not known:
+        names = ", ".join(f"{c.name} of {c.length}" for c in index.columns)
+        raise data_error(root, expected=f"some of {', '.join(TOKEN_SHAPES)}", actual=names, remedy=_NOT_KNOWN)
+    store = open_store(root, split, known, [MAX_VOCAB] * len(known), [TABLE[name].length for name in known])
+    spans = RowLayout(tuple(known), tuple(TABLE[name].length for name in known), (MAX_VOCAB,) * len(known))
+    tokens = {name: store.tokens[:, spans.span(name)].astype(np.int64) for name in known}
+    notes: dict[str, list[str]] = {name: [] for name in known}
+    for name, _, note in (text.partition(": ") for text in dict.fromkeys(n for s in index.shards for n in s.notes)):
+        if name in notes:
+            notes[name].append(note)
+    samples = split_samples(root, index, split)
+    captions = [caption for caption in samples.captions if caption is not None]
+    return Split(split, samples.names, tokens, notes, captions if len(captions) == len(store) else None)
+
+
 def read_pairs(root: Path) -> dict[str, tuple[str, int, int]]:
-    """pid → (video, reference frame, successor frame), counted from 1; {} without pairs.csv."""
-    path = root / "pairs.csv"
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, newline="") as file:
-            return {
-                row["pid"]: (row["video"], int(row["reference_frame"]), int(row["successor_frame"]))
-                for row in csv.DictReader(file)
-            }
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise data_error(
-            path,
-            expected="the columns pid, video, reference_frame, successor_frame",
-            actual=f"{type(error).__name__}: {error}",
-            remedy="Prepare the data again.",
-        ) from error
+    """pid → (video, reference frame, successor frame), counted from 1; {} where that is not recorded."""
+    if not is_packed(root):
+        return layout.read_pairs(root)
+    samples = read_samples(root, read_index(root))
+    every = zip(samples.names, samples.videos, samples.frames, strict=True)
+    return {name: (video, frames[0], frames[1]) for name, video, frames in every if video is not None and frames}
 
 
 def statistics(root: str | os.PathLike) -> str:
@@ -101,8 +113,13 @@ def describe(root: Path, splits: list[Split]) -> str:
         if split.captions is not None:
             lines.append(f"  captions: {_captions(split.captions)}")
     lines += _duplicates(splits, pairs)
-    if meta:
+    if is_packed(root):
+        lines.append(
+            f"content: {read_index(root).digest[:16]}, packed; the digests of all files are those of its index"
+        )
+    elif meta:
         lines.append(_fingerprint(root, splits, meta))
+    if meta:
         lines.append(f"prepared with {', '.join(f'{key} {value}' for key, value in meta['options'].items())}")
     return "\n".join(lines)
 
@@ -146,18 +163,6 @@ def _joints(values: np.ndarray) -> list[str]:
         f"px" + (f"; no joint visible in {hidden} samples" if hidden else ""),
         f"visible by joint: {each}",
     ]
-
-
-def _caption(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text())["caption"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise data_error(
-            path,
-            expected='{"caption": "…"}',
-            actual=f"{type(error).__name__}: {error}",
-            remedy="Prepare this sample again: python -m m4.data prepare.",
-        ) from error
 
 
 def _captions(captions: list[str]) -> str:

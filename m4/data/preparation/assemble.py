@@ -18,7 +18,7 @@ import numpy as np
 from m4.data.checks import MAX_NAME
 from m4.data.layout import FORMAT, SPLITS, UNFINISHED, content_digest, read_meta
 from m4.data.split import FRACTIONS, divide
-from m4.errors import data_error
+from m4.errors import DataError, data_error
 from m4.files import write_atomically
 from m4.modalities import TABLE, TOKEN_SHAPES
 
@@ -79,12 +79,9 @@ def assemble(
     there is no pair at all. The caller holds the lock of ``out``.
     """
     done = out / VIDEOS
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode())
-        digest.update(hashlib.sha256(video_path(done, name).read_bytes()).digest())
+    digest = videos_digest(done, names)
     meta = {} if (out / UNFINISHED).exists() else read_meta(out)
-    if meta.get("videos_digest") == digest.hexdigest() and all((out / split).is_dir() for split in meta["splits"]):
+    if meta.get("videos_digest") == digest and all((out / split).is_dir() for split in meta["splits"]):
         if meta["options"] == record and meta["fractions"] == list(fractions):
             return meta, False
         divide(out, fractions, record["seed"], record["split_unit"])
@@ -96,9 +93,9 @@ def assemble(
     (stage / "pairs.csv").write_bytes(table)
     splits = divide(stage, fractions, record["seed"], record["split_unit"])
     meta = {
-        **_meta(record, tokenizer, names, splits, fractions),
+        **meta_of(record, tokenizer, names, splits, fractions),
         "content": content,
-        "videos_digest": digest.hexdigest(),
+        "videos_digest": digest,
     }
     _move_into_place(out, stage, table, meta)
     return meta, True
@@ -151,18 +148,36 @@ def _write_samples(stage: Path, done: Path, record: dict, names: list[str]) -> t
                 write("captions", pid, "captions.json", caption.encode())
             number += 1
     if not 0 < number <= _MAX_PAIRS:
-        raise data_error(
-            stage.parent,
-            expected=f"1 to {_MAX_PAIRS} pairs in all videos",
-            actual=number,
-            remedy=f"Raise or lower --ssim-threshold (now {record['ssim_threshold']}), or change the videos.",
-        )
+        raise no_pairs(stage.parent, f"1 to {_MAX_PAIRS} pairs", number, record)
     content = text.getvalue().encode()
     digests["pairs.csv", ""] = hashlib.sha256(content).digest()
     return content, content_digest(digests)
 
 
-def _meta(record: dict, tokenizer: dict, names: list[str], splits: dict[str, int], fractions: Sequence[float]) -> dict:
+def videos_digest(done: Path, names: list[str]) -> str:
+    """SHA-256 of the finished videos ``names``, in this order."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        digest.update(hashlib.sha256(video_path(done, name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def no_pairs(out: Path, expected: str, number: int, record: dict) -> DataError:
+    """The error for too few pairs, or too many."""
+    return data_error(
+        out,
+        expected=f"{expected} in all videos",
+        actual=number,
+        remedy=f"Raise or lower --ssim-threshold (now {record['ssim_threshold']}), or change the videos.",
+    )
+
+
+def meta_of(
+    record: dict, tokenizer: dict, names: list[str], splits: dict[str, int], fractions: Sequence[float]
+) -> dict:
+    """The content of meta.json but for digests."""
+
     def vocab_size(name: str) -> int:
         return tokenizer["vocab_size"] if TABLE[name].kind == "image" else TABLE[name].vocab_size
 

@@ -22,10 +22,12 @@ import numpy as np
 from m4.data.checks import check_apart, check_name, check_workers, printable
 from m4.data.layout import SPLITS
 from m4.data.locking import LOCK, locked
+from m4.data.packed.index import INDEX
 from m4.data.penn_action import list_videos, open_video
 from m4.data.preparation.assemble import VIDEOS, assemble, pack_video, video_path, work_path
 from m4.data.preparation.done import content_of, is_done, made_of, remember, status_of
 from m4.data.preparation.options import SPLIT_OPTIONS, PrepareOptions
+from m4.data.preparation.packed import assemble_packed
 from m4.data.preparation.tokenize_video import shared_captioner, shared_tokenizer, tokenize_video
 from m4.data.split import FRACTIONS, UNITS, check_split
 from m4.data.workers import for_each
@@ -58,8 +60,11 @@ def prepare(
     workers: int = 1,
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
+    packed: bool = False,
 ) -> Summary:
     """Tokenise the videos of ``source`` (Penn Action layout) into ``out``; see the module's text.
+
+    ``packed``: the samples are laid out in shards (`m4.data.packed`) in place of folders.
 
     ``shard=(i, n)`` does every n-th video from the i-th (0-based); the run that finds all videos done lays out the
     samples, as `merge` does. Videos that cannot be read are reported in the summary and left out, and tried again by
@@ -84,7 +89,7 @@ def prepare(
         shared_captioner(options)
     done = writable_folder(writable_folder(out) / VIDEOS)
     with locked(out / LOCK, str(out)):
-        _claim(out, options, identity)
+        _claim(out, options, identity, packed)
         write_atomically(done / _LIST, json.dumps(names).encode())
     with locked(done / f".shard-{index}-of-{count}.lock", str(out)):
         pending = [name for name in names[index::count] if not is_done(source, done, name)]
@@ -142,7 +147,8 @@ def _finish(out: Path, source: Path, names: list[str], fractions: Sequence[float
     if len(usable) + len(bad) < len(names):
         return Summary(len(usable), 0, shown, {}, complete=False, fresh=True)
     claim = _read(done / _CLAIM)
-    meta, fresh = assemble(out, claim["options"], claim["tokenizer"], usable, fractions)
+    lay_out = assemble_packed if claim.get("packed") else assemble
+    meta, fresh = lay_out(out, claim["options"], claim["tokenizer"], usable, fractions)
     _sweep(done)
     return Summary(len(usable), sum(meta["splits"].values()), shown, meta["splits"], complete=True, fresh=fresh)
 
@@ -155,12 +161,12 @@ def _sweep(done: Path) -> None:
                 left.unlink()
 
 
-def _claim(out: Path, options: PrepareOptions, tokenizer: dict) -> None:
+def _claim(out: Path, options: PrepareOptions, tokenizer: dict, packed: bool) -> None:
     """Record what this folder is made with, or make sure that it is the same but for the split."""
     path = out / VIDEOS / _CLAIM
-    claim = {"options": options.record(), "tokenizer": tokenizer}
+    claim = {"options": options.record(), "tokenizer": tokenizer} | ({"packed": True} if packed else {})
     if not path.exists():
-        foreign = [name for name in (*SPLITS, "meta.json") if (out / name).exists()]
+        foreign = [name for name in (*SPLITS, "meta.json", INDEX) if (out / name).exists()]
         if foreign:
             raise data_error(
                 out,
@@ -195,6 +201,7 @@ def _deciding(claim: dict) -> dict:
     # Before it held two parts, the file was the options alone.
     kept = {key: value for key, value in claim.get("options", claim).items() if key not in SPLIT_OPTIONS}
     weights = claim.get("tokenizer", {}).get("weights") if "options" in claim else None
+    kept["packed"] = claim.get("packed", False)
     return kept if weights is None else {**kept, "weights": weights}
 
 
