@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from m4.build import build_model, open_split
-from m4.checkpoint import checkpoint_meta, load_weights, newest_whole
+from m4.checkpoint import best_checkpoint, checkpoint_meta, load_weights, newest_whole
 from m4.config import TrainConfig, config_from_dict
 from m4.data.layout import find_splits
 from m4.data.sample_set import sample_command
@@ -47,7 +47,8 @@ class SavedRun:
         """Open a run.
 
         Args:
-            checkpoint: folder of a checkpoint, or its name in this run; default the newest.
+            checkpoint: folder of a checkpoint, or its name in this run, or best, of lowest evaluation
+                loss; default the newest.
             data: data root; default the run's own, found from the run's folder or the current one.
             device: default as the run was configured.
         Raises:
@@ -100,6 +101,11 @@ def _find_checkpoint(folder: Path, checkpoint: Path | None) -> tuple[Path, dict[
             raise CheckpointError(
                 f"--run: {folder} holds no whole checkpoint (checkpoints/step-…); train it until one is saved"
             )
+        return found
+    if str(checkpoint) == "best":
+        found = best_checkpoint(folder)
+        if found is None:
+            raise CheckpointError(f"--checkpoint: best, but no checkpoint of {folder} was evaluated when it was saved")
         return found
     for path in (checkpoint, folder / "checkpoints" / checkpoint):
         if path.is_dir():

@@ -19,6 +19,12 @@ class LoopState:
     first_evaluation: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
 
+    @property
+    def evaluation_loss(self) -> float | None:
+        """Of the weights as they are; None where they were not evaluated."""
+        current = self.evaluation is not None and self.evaluated_step == self.step
+        return self.evaluation["loss"] if current and self.evaluation is not None else None
+
     def restore(self, saved: dict[str, Any]) -> None:
         """Be where a checkpoint was."""
         vars(self).update(asdict(LoopState(**saved)))

@@ -22,9 +22,7 @@ from m4.checkpoint import (
     check_same_run,
     checkpoint_bytes,
     clean_temporaries,
-    load_checkpoint,
     save_checkpoint,
-    whole_checkpoints,
 )
 from m4.config import TrainConfig, config_to_yaml
 from m4.data.layout import read_meta
@@ -35,6 +33,7 @@ from m4.evaluation.losses import evaluate
 from m4.evaluation.next_moment import next_moment_of
 from m4.evaluation.table import next_line
 from m4.files import write_atomically
+from m4.model.weights import load_matching
 from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
 from m4.run.directory import check_room, only_process, resolve_paths, summarised_step, write_summary
 from m4.run.metrics import RunLog
@@ -45,6 +44,7 @@ from m4.training.finite import diverged, loss_that_is_not_finite, state_that_is_
 from m4.training.graphs import CudaGraphs, Recorder
 from m4.training.optimizer import build_optimizer, load_optimizer_state
 from m4.training.preflight import Probe, check_memory
+from m4.training.start import load_initial_weights, starting_points
 from m4.training.step import Execution, Figures, TrainStep
 
 log = logging.getLogger(__name__)
@@ -287,16 +287,18 @@ class Trainer:
                 "random": random_state(),
             }
             config = self.config
-            path = save_checkpoint(config.run_dir, self.state.step, self.model, contents, config, self.identity)
+            loss = self.state.evaluation_loss
+            path = save_checkpoint(config.run_dir, self.state.step, self.model, contents, config, self.identity, loss)
             self._saved_step = self.state.step
             log.info("saved %s", path)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint from which training can go on, if there is one."""
+        """Take up the best checkpoint from which training can go on, if there is one, else ``init_from``."""
         clean_temporaries(self.config.run_dir)
-        for path, meta in whole_checkpoints(self.config.run_dir):
-            changes = check_same_run(path, meta, self.config, self.identity)
-            saved = load_checkpoint(path, self.model)
+        for found_there in starting_points(self.config):
+            path, saved = found_there.path, found_there.state
+            changes = check_same_run(path, found_there.meta, self.config, self.identity)
+            load_matching(found_there.weights, self.model, str(path))
             load_optimizer_state(self.optimizer, saved["optimizer"])
             self.state.restore(saved["loop"])
             found = self.divergence()
@@ -309,6 +311,7 @@ class Trainer:
                 return
             log.warning("skipping %s: %s, the run had diverged there", path, found)
             self.start_over()
+        load_initial_weights(self.model, self.config)
 
     def start_over(self) -> None:
         """Weights, optimiser and state of a fresh run."""
