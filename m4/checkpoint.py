@@ -82,10 +82,10 @@ FREE_KEYS = {
 FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
 BOUND_KEYS = {"data.mirror"}  # of these sections: what training sees
 # What checkpoints that lack a key were trained with: it came later.
-BEFORE_KEYS = {"data.mirror": False, "vocab_lr_scale": 1.0}
+BEFORE_KEYS = {"data.mirror": False, "vocab_lr_scale": 1.0, "skip_non_finite": 0}
 # May change too, which the log says: what helps a run that diverged. Weights, moments and the order of samples keep
 # their meaning under another learning rate, clipping or precision; the rate is a function of the tokens so far.
-ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "dtype"}
+ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "skip_non_finite", "dtype"}
 BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, the samples a step
 
 

@@ -135,6 +135,7 @@ class TrainConfig:
     vocab_lr_scale: float = 1.0  # of the token embedding and the output layer, beside lr
     weight_decay: float = 0.05
     clip_grad: float | None = 1.0
+    skip_non_finite: int = 0  # steps of the run whose loss or gradient may not be finite: they do not update
     dtype: str = "fp32"
     training_time: Duration | None = _REFERENCE_TIME  # reference wall clock, for comparison only
 
@@ -342,6 +343,7 @@ def _check(c: TrainConfig) -> None:
         require(getattr(c, key) >= 0, key, "a value in 0 … 2^63 - 1")
     for key in ("eval_generate_samples", "keep_best"):
         require(getattr(c, key) >= 0, key, "a value of at least 0, which means none")
+    require(0 <= c.skip_non_finite <= 1000, "skip_non_finite", "a value in 0 … 1000")
     require(c.resume in RESUME_WORDS or c.init_from is None, "init_from", "null with resume=PATH, which has weights")
 
     require(c.dtype in DTYPES, "dtype", " or ".join(DTYPES))

@@ -15,6 +15,7 @@ class LoopState:
     step: int = 0  # finished optimiser steps
     position: int = 0  # samples consumed, in the order of training
     seconds: float = 0.0  # wall clock of the training loop, evaluations included, over all resumptions
+    skipped_steps: int = 0  # whose loss or gradient was not finite
     evaluated_step: int = -1
     first_evaluation: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None

@@ -2,8 +2,8 @@
 
 The step is three functions of static tensors, `_first` and `_next` micro-batch and `_update`, which never ask the
 device for a value. Run one after another they are an eager step; recorded they are three graphs to replay. What the
-host wants to know is kept on the device until `read`. A loss or gradient that is not finite is noticed there too: from
-then on the optimiser leaves parameters and moments as they are, until the host reads of it and stops.
+host wants to know is kept on the device until `read`. A loss or gradient that is not finite is noticed there too
+(`m4.training.guard`): the optimiser then leaves parameters and moments as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from m4.device import autocast
 from m4.errors import ConfigError
 from m4.model import M4, Losses
 from m4.training.graphs import Function, Recorder
+from m4.training.guard import Guard, NotFinite
 from m4.training.optimizer import set_learning_rate
 from m4kernels import MaskedBatch
 
@@ -57,11 +58,12 @@ class Execution:
 class Figures:
     """What `TrainStep.read` found."""
 
-    losses: list[float]  # (M,), of the last step; of the first that was not finite, if one was not
+    losses: list[float]  # (M,), of the last step; of the one that stops the run, if `finite` is False
     norm: float  # of the gradient before clipping, of the same step
     updates: int  # steps since the last `read` that changed the parameters
-    lost: int  # steps since the last `read` that did not: one was not finite, the others came after it
+    lost: int  # steps since the last `read` that stop the run: one was not finite, the others came after it
     finite: bool
+    skipped: tuple[NotFinite, ...] = ()  # since the last `read`: not finite, and passed over
 
 
 class TrainStep:
@@ -96,13 +98,12 @@ class TrainStep:
         self._counts = torch.ones(modalities, dtype=torch.int64, device=device)
         self._losses = torch.zeros(modalities, device=device)
         self._norm = torch.zeros((), device=device)
-        self._bad = torch.zeros((), device=device)  # 1 from the first step on that was not finite
-        self._updates = torch.zeros((), device=device)
+        self._guard = Guard(modalities, config.skip_non_finite, device)
         self._batch: MaskedBatch | None = None  # the static one
         self._recorded: dict[str, Function] = {}
         self._done = 0  # micro-batches of this step
         self._launched = 0  # steps that the device was given since the last `read`
-        optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]
         if execution.asynchronous:  # the rate, too, is read on the device
             for group in optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=device)
@@ -117,7 +118,7 @@ class TrainStep:
         """
         self._batch = batch.clone()
         self._counts.copy_(batch.decoder.segments.counts.sum(0).clamp(min=1))
-        self._bad.fill_(1.0)  # so that warming up updates nothing, yet makes the optimiser's moments
+        self._guard.close()  # so that warming up updates nothing, yet makes the optimiser's moments
         for function in (self._first, self._next, self._update, self._first, self._next):
             recorder.warm_up(function)
         self._optimizer.zero_grad(set_to_none=True)
@@ -128,8 +129,13 @@ class TrainStep:
             recorded["next"] = recorder.record(self._next)
         recorded["update"] = recorder.record(self._update)
         self._recorded = recorded
-        for figure in (self._bad, self._losses, self._norm, self._updates):
-            figure.zero_()
+        self._guard.open()
+        self._losses.zero_()
+        self._norm.zero_()
+
+    def start_at(self, skipped: int) -> None:
+        """Go on with a run that has skipped so many steps that were not finite."""
+        self._guard.start_at(skipped)
 
     def start(self, counts: Tensor, rate: float) -> None:
         """Begin a step.
@@ -165,12 +171,17 @@ class TrainStep:
         """Wait for the device and see how the steps since the last `read` went; None where there was none."""
         if not self._launched:
             return None
-        *losses, norm, bad, updates = torch.cat(
-            [self._losses, torch.stack([self._norm, self._bad, self._updates])]
-        ).tolist()
-        self._updates.zero_()
-        lost, self._launched = self._launched - round(updates), 0
-        return Figures(losses, norm, round(updates), lost, not bad)
+        modalities = len(self._losses)
+        found = torch.cat([self._losses, self._norm.unsqueeze(0), self._guard.figures()]).tolist()
+        losses, norm = found[:modalities], found[modalities]
+        verdict = self._guard.read(found[modalities + 1 :])
+        self._launched = 0
+        if verdict.stopped is not None:
+            stopped = verdict.stopped
+            return Figures(
+                stopped.losses, stopped.norm, verdict.updates, stopped.ago + 1, False, tuple(verdict.skipped)
+            )
+        return Figures(losses, norm, verdict.updates, 0, True, tuple(verdict.skipped))
 
     def release(self) -> None:
         """Free the gradients, unless graphs own them."""
@@ -193,13 +204,11 @@ class TrainStep:
         with autocast(self._config.dtype, self._device):
             result = forward(batch, target_counts=self._counts)
         result.total.backward()
-        losses = result.per_modality.detach() if first else self._losses + result.per_modality.detach()
-        self._losses.copy_(torch.where(self._bad > 0, self._losses, losses))
+        losses = result.per_modality.detach()
+        self._losses.copy_(losses if first else self._losses + losses)
 
     def _update(self) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip_grad or math.inf)
-        finite = torch.isfinite(self._losses).all() & torch.isfinite(norm)
-        self._norm.copy_(torch.where(self._bad > 0, self._norm, norm))
-        self._bad.copy_(torch.maximum(self._bad, (~finite).float()))
-        self._updates.add_(1.0 - self._bad)
+        self._norm.copy_(norm)
+        self._guard.check(self._losses, norm)
         self._optimizer.step()
