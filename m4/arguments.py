@@ -110,3 +110,4 @@ def add_saved_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=existing_folder, metavar="ROOT", help="data root (default: the run's own)")
     parser.add_argument("--split", help="split of the data (default: the run's evaluation split)")
     parser.add_argument("--device", help=f"{DEVICE_NAMES} (default: as the run was configured)")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a run with ema above 0")

@@ -54,6 +54,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MODEL_FILE, STATE_FILE, META_FILE = "model.safetensors", "state.pt", "meta.json"
+EMA_FILE = "ema.safetensors"  # averaged weights, where there are some
 FORMAT = 1
 _META_KEYS = {"step": int, "data_fingerprint": str, "samples_per_step": int, "config": dict, "files": dict}
 
@@ -82,10 +83,10 @@ FREE_KEYS = {
 FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
 BOUND_KEYS = {"data.mirror"}  # of these sections: what training sees
 # What checkpoints that lack a key were trained with: it came later.
-BEFORE_KEYS = {"data.mirror": False, "vocab_lr_scale": 1.0, "skip_non_finite": 0}
+BEFORE_KEYS = {"data.mirror": False, "vocab_lr_scale": 1.0, "skip_non_finite": 0, "ema": 0.0, "optimizer": "adamw"}
 # May change too, which the log says: what helps a run that diverged. Weights, moments and the order of samples keep
 # their meaning under another learning rate, clipping or precision; the rate is a function of the tokens so far.
-ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "skip_non_finite", "dtype"}
+ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "skip_non_finite", "ema", "dtype"}
 BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, the samples a step
 
 
@@ -105,6 +106,7 @@ class SavedCheckpoint:
     meta: dict[str, Any]
     weights: dict[str, torch.Tensor]
     state: dict[str, Any]  # as given to `save_checkpoint`
+    averaged: dict[str, torch.Tensor] | None = None
 
 
 def save_checkpoint(
@@ -115,6 +117,7 @@ def save_checkpoint(
     config: TrainConfig,
     identity: RunIdentity,
     evaluation_loss: float | None = None,
+    averaged: nn.Module | None = None,
 ) -> Path:
     """Write ``checkpoints/step-XXXXXXXX``; keep the newest ``keep_ckpts`` and the ``keep_best`` with the lowest losses.
 
@@ -123,6 +126,7 @@ def save_checkpoint(
     Args:
         state: optimizer, loop and random state: anything ``torch.load(weights_only=True)`` reads.
         evaluation_loss: of these very weights; None where they were not evaluated, and so are not among the best.
+        averaged: the model with averaged weights.
     Raises:
         CheckpointError: the disk is full or cannot be written; what was saved before is untouched.
     """
@@ -132,7 +136,11 @@ def save_checkpoint(
     final, temporary = _step_dir(run_dir, step), folder / f".tmp-{step:08d}-{os.getpid()}"
     try:
         temporary.mkdir()
-        save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, temporary / MODEL_FILE)
+        names = [MODEL_FILE, STATE_FILE]
+        _save_weights(model, temporary / MODEL_FILE)
+        if averaged is not None:
+            names.append(EMA_FILE)
+            _save_weights(averaged, temporary / EMA_FILE)
         _save_state(state, temporary / STATE_FILE)
         meta = {
             "format": FORMAT,
@@ -146,10 +154,10 @@ def save_checkpoint(
                 "numpy": numpy.__version__,
                 "m4kernels": m4kernels.__version__,
             },
-            "files": {name: _digest(temporary / name) for name in (MODEL_FILE, STATE_FILE)},
+            "files": {name: _digest(temporary / name) for name in names},
         }
         (temporary / META_FILE).write_text(json.dumps(meta, indent=1))
-        for name in (MODEL_FILE, STATE_FILE, META_FILE):
+        for name in (*names, META_FILE):
             _flush(temporary / name)
         _flush(temporary)
         if final.exists():  # a damaged one of the same step
@@ -168,6 +176,10 @@ def save_checkpoint(
         ) from error
     _drop_others(run_dir, final, config)
     return final
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, path)
 
 
 def _drop_others(run_dir: Path, final: Path, config: TrainConfig) -> None:
@@ -192,12 +204,19 @@ def _evaluation_loss(path: Path) -> float | None:
 def read_checkpoint(path: Path) -> SavedCheckpoint:
     """Read a checkpoint folder, each file once. Raises CheckpointError if it is damaged or its weights not finite."""
     meta = _read_meta(path)
-    weights = load(_content(path / MODEL_FILE, meta["files"][MODEL_FILE]))
+    weights = _finite_weights(path, meta, MODEL_FILE)
+    averaged = _finite_weights(path, meta, EMA_FILE) if EMA_FILE in meta["files"] else None
+    content = io.BytesIO(_content(path / STATE_FILE, meta["files"][STATE_FILE]))
+    state = torch.load(content, map_location="cpu", weights_only=True)
+    return SavedCheckpoint(path, meta, weights, state, averaged)
+
+
+def _finite_weights(path: Path, meta: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
+    weights = load(_content(path / name, meta["files"][name]))
     spoilt = first_not_finite(weights.items())
     if spoilt is not None:
         raise CheckpointError(f"{path}: the weights of {spoilt} are not finite, the run had diverged there")
-    content = io.BytesIO(_content(path / STATE_FILE, meta["files"][STATE_FILE]))
-    return SavedCheckpoint(path, meta, weights, torch.load(content, map_location="cpu", weights_only=True))
+    return weights
 
 
 def read_checkpoints(run_dir: Path) -> Iterator[SavedCheckpoint]:
@@ -272,14 +291,15 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
     return saved.state
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """What a checkpoint takes on the disk: the weights, and two moments of each that is trained."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+def checkpoint_bytes(model: nn.Module, *, averaged: bool = False) -> int:
+    """What a checkpoint takes on the disk: the weights, two moments of each that is trained, and averaged weights."""
+    return sum(p.numel() * p.element_size() * ((3 if p.requires_grad else 1) + averaged) for p in model.parameters())
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint folder into ``model``, in place."""
-    load_matching(load_file(path / MODEL_FILE), model, str(path / MODEL_FILE))
+def load_weights(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
+    """Load the weights of a checkpoint folder, or the averaged ones, into ``model``, in place."""
+    file = path / (EMA_FILE if averaged else MODEL_FILE)
+    load_matching(load_file(file), model, str(file))
 
 
 def load_run(run_dir: str | Path) -> tuple[TrainConfig, Path]:
@@ -316,7 +336,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
         for key, kind in _META_KEYS.items():
             if not isinstance(meta[key], kind):
                 raise TypeError(f"{key} is a {type(meta[key]).__name__}, expected {kind.__name__}")
-        for name in (MODEL_FILE, STATE_FILE):
+        for name in {MODEL_FILE: 0, STATE_FILE: 0, **files}:
             size = (path / name).stat().st_size
             if size != files[name]["bytes"]:
                 raise CheckpointError(f"{path / name}: expected {files[name]['bytes']} bytes, got {size}")
@@ -331,9 +351,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _check_content(path: Path) -> dict[str, Any]:
     """Meta data of a whole checkpoint with finite weights; raises CheckpointError."""
     meta = _read_meta(path)
-    spoilt = first_not_finite(load(_content(path / MODEL_FILE, meta["files"][MODEL_FILE])).items())
-    if spoilt is not None:
-        raise CheckpointError(f"{path}: the weights of {spoilt} are not finite, the run had diverged there")
+    for name in (MODEL_FILE, EMA_FILE):
+        if name in meta["files"]:
+            _finite_weights(path, meta, name)
     if _digest(path / STATE_FILE) != meta["files"][STATE_FILE]:
         raise CheckpointError(f"{path / STATE_FILE}: content does not match its checksum")
     return meta

@@ -134,6 +134,8 @@ class TrainConfig:
     min_lr: float = 1e-7
     vocab_lr_scale: float = 1.0  # of the token embedding and the output layer, beside lr
     weight_decay: float = 0.05
+    optimizer: str = "adamw"  # or muon: for the matrices of the trunk
+    ema: float = 0.0  # decay of the averaged weights; 0: none
     clip_grad: float | None = 1.0
     skip_non_finite: int = 0  # steps of the run whose loss or gradient may not be finite: they do not update
     dtype: str = "fp32"
@@ -346,6 +348,8 @@ def _check(c: TrainConfig) -> None:
     require(0 <= c.skip_non_finite <= 1000, "skip_non_finite", "a value in 0 … 1000")
     require(c.resume in RESUME_WORDS or c.init_from is None, "init_from", "null with resume=PATH, which has weights")
 
+    require(0 <= c.ema < 1, "ema", "a value of at least 0, which means none, and below 1")
+    require(c.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
     require(c.dtype in DTYPES, "dtype", " or ".join(DTYPES))
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
     require(DEVICE_NAME.fullmatch(c.device) is not None, "device", DEVICE_NAMES)

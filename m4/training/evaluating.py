@@ -41,8 +41,12 @@ class RunEvaluator:
         self._next_moment = next_moment_of(config, stores.meta, stores.evaluation)
         self._after_batch = after_batch
 
-    def evaluate(self, model: M4) -> tuple[dict[str, Any], list[str]]:
-        """The figures of a line of kind eval in metrics.jsonl, and lines that say them."""
+    def evaluate(self, model: M4, averaged: M4 | None = None) -> tuple[dict[str, Any], list[str]]:
+        """The figures of a line of kind eval in metrics.jsonl, and lines that say them.
+
+        Args:
+            averaged: the same with averaged weights, whose losses are ``ema``.
+        """
         model.eval()
         result = self._losses(model, "evaluating")
         figures, lines = asdict(result), [str(result)]
@@ -54,6 +58,10 @@ class RunEvaluator:
             figures["next"] = self._next_moment.figures(prediction)
             lines.append(next_line(figures["next"]))
         model.train()
+        if averaged is not None:
+            result = self._losses(averaged, "evaluating averaged weights")
+            figures["ema"] = {"loss": result.loss, "per_modality": result.per_modality}
+            lines.append(f"averaged weights: {result}")
         return figures, lines
 
     def _losses(self, model: M4, doing: str) -> Evaluation:

@@ -43,7 +43,7 @@ def state_that_is_not_finite(model: nn.Module, optimizer: torch.optim.Optimizer)
     moments = (
         (f"{kind} of {name}", optimizer.state.get(parameter, {}).get(kind))
         for name, parameter in model.named_parameters()
-        for kind in ("exp_avg", "exp_avg_sq")
+        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer")
     )
     name = first_not_finite((name, moment) for name, moment in moments if moment is not None)
     return name and f"the optimiser's {name} is not finite"

@@ -8,6 +8,7 @@ host wants to know is kept on the device until `read`. A loss or gradient that i
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from m4.config import TrainConfig
 from m4.device import autocast
 from m4.errors import ConfigError
 from m4.model import M4, Losses
+from m4.training.ema import AveragedWeights
 from m4.training.graphs import Function, Recorder
 from m4.training.guard import Guard, NotFinite
 from m4.training.optimizer import set_learning_rate
 from m4kernels import MaskedBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,14 @@ class Execution:
                     f"dtype: bf16 needs a GPU of compute capability 8.0 or more, {device} has {major}.{minor}; "
                     "use dtype=fp32"
                 )
+        if config.optimizer == "muon" and on_gpu:
+            if config.cuda_graphs == "on":
+                raise ConfigError(
+                    "cuda_graphs: on cannot capture optimizer=muon: torch's Muon has no capturable form; use "
+                    "cuda_graphs=auto, which then runs the step eagerly, or optimizer=adamw"
+                )
+            log.info("optimizer: muon runs the step eagerly, not as CUDA graphs: torch's Muon has no capturable form")
+            return cls(asynchronous=True, graphs=False)
         wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and config.kernels == "auto")
         return cls(asynchronous=on_gpu, graphs=on_gpu and wanted)
 
@@ -72,12 +84,13 @@ class TrainStep:
     Args:
         model: the model that is trained.
         forward: its forward pass, perhaps compiled.
-        optimizer: of its parameters; must heed ``found_inf`` (torch's fused AdamW does).
+        optimizer: of its parameters; must heed ``found_inf`` (torch's fused AdamW does, and `MuonAndAdamW`).
         config: the run.
         device: where the model is.
         execution: how steps run.
         capacity: (inputs, targets) of the usual micro-batch, if there is one. A larger one runs uncompiled: compiling
             takes longer than the few steps that need it.
+        averaged: of the model's weights, to be kept up to date.
     """
 
     def __init__(
@@ -89,8 +102,9 @@ class TrainStep:
         device: torch.device,
         execution: Execution,
         capacity: tuple[int, int] | None = None,
+        averaged: AveragedWeights | None = None,
     ) -> None:
-        self._capacity = capacity
+        self._capacity, self._averaged = capacity, averaged
         self._model, self._forward, self._optimizer = model, forward, optimizer
         self._config, self._device, self._execution = config, device, execution
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -106,7 +120,8 @@ class TrainStep:
         optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]
         if execution.asynchronous:  # the rate, too, is read on the device
             for group in optimizer.param_groups:
-                group["lr"] = torch.zeros((), device=device)
+                if not group.get("lr_on_host"):
+                    group["lr"] = torch.zeros((), device=device)
 
     def record(self, batch: MaskedBatch, recorder: Recorder, micro_batches: int) -> None:
         """Record the step for micro-batches of the shapes of `batch`; parameters and moments stay as they are.
@@ -212,3 +227,5 @@ class TrainStep:
         self._norm.copy_(norm)
         self._guard.check(self._losses, norm)
         self._optimizer.step()
+        if self._averaged is not None:
+            self._averaged.update(self._guard.found_inf)

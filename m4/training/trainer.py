@@ -29,6 +29,7 @@ from m4.run.metrics import RunLog
 from m4.run.signals import Interrupted, StopSignals
 from m4.run.state import LoopState, random_state, set_random_state
 from m4.schedule import Schedule, learning_rate
+from m4.training.ema import AveragedWeights, averaged_model
 from m4.training.evaluating import RunEvaluator
 from m4.training.finite import (
     NON_FINITE_FILE,
@@ -86,6 +87,7 @@ class Trainer:
         with enough_memory(_LESS_MEMORY):
             self.model = build_model(config, device)
             self.optimizer = build_optimizer(self.model, config)
+            self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
             self.order = order = SampleOrder(len(train), config.seed)
             mirror = Mirror.of(config, self.stores.meta, train, device)
             self.batches = TrainBatches(
@@ -100,9 +102,8 @@ class Trainer:
                 mirror=mirror,
             )
             forward = torch.compile(self.model, dynamic=not fixed) if config.compile else self.model
-            self.step = TrainStep(
-                self.model, forward, self.optimizer, config, device, self.execution, self.batches.capacity
-            )
+            capacity, optimizer, averaged = self.batches.capacity, self.optimizer, self.averaged
+            self.step = TrainStep(self.model, forward, optimizer, config, device, self.execution, capacity, averaged)
         self.probe = Probe(self.model, train, order, self.spec, config, device, mirror)
         self.state = LoopState()
         self.progress = TrainingProgress(config, self.schedule, self.state, device)
@@ -234,7 +235,7 @@ class Trainer:
         if state.evaluated_step == state.step:
             return
         self.check()
-        result, lines = self.evaluator.evaluate(self.model)
+        result, lines = self.evaluator.evaluate(self.model, averaged_model(self.averaged))
         found = loss_that_is_not_finite([x or 0.0 for x in result["per_modality"].values()], self.config.modalities)
         if found is not None:
             self.stop_diverged(f"evaluation after step {state.step}: {found}")
@@ -280,8 +281,16 @@ class Trainer:
             self.log.flush()  # what leads to a checkpoint is on the disk before it
         contents = {"optimizer": self.optimizer.state_dict(), "loop": asdict(self.state), "random": random_state()}
         config, state = self.config, self.state
-        loss = state.evaluation_loss
-        path = save_checkpoint(config.run_dir, state.step, self.model, contents, config, self.identity, loss)
+        path = save_checkpoint(
+            config.run_dir,
+            state.step,
+            self.model,
+            contents,
+            config,
+            self.identity,
+            state.evaluation_loss,
+            averaged_model(self.averaged),
+        )
         self._saved_step = state.step
         log.info("saved %s", path)
 
@@ -292,6 +301,8 @@ class Trainer:
             path, saved = found_there.path, found_there.state
             changes = check_same_run(path, found_there.meta, self.config, self.identity)
             load_matching(found_there.weights, self.model, str(path))
+            if self.averaged is not None:  # from here on, if they were not averaged before
+                load_matching(found_there.averaged or found_there.weights, self.averaged.model, str(path))
             load_optimizer_state(self.optimizer, saved["optimizer"])
             self.state.restore(saved["loop"])
             self.step.start_at(self.state.skipped_steps)
@@ -306,6 +317,8 @@ class Trainer:
             log.warning("skipping %s: %s, the run had diverged there", path, found)
             self.start_over()
         load_initial_weights(self.model, self.config)
+        if self.averaged is not None:
+            self.averaged.start_over()
 
     def start_over(self) -> None:
         """Weights, optimiser and state of a fresh run."""
@@ -334,7 +347,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """What happens once before the first step: checks, an estimate of the time, recording, the clock."""
-        check_room(self.config.run_dir, checkpoint_bytes(self.model))
+        check_room(self.config.run_dir, checkpoint_bytes(self.model, averaged=self.averaged is not None))
         log.info("smoke test: a few samples forward and backward")
         smoke = self.probe.smoke_test(self.state.position)
         size = self.config.batch_size

@@ -70,9 +70,7 @@ def test_skipped_steps_are_counted_and_written_down(config, monkeypatch, caplog,
 def test_one_too_many_stops_and_a_resumed_run_remembers(config):
     config = dataclasses.replace(config, skip_non_finite=1)
     assert _spoil(Trainer(dataclasses.replace(config, stop_after_steps=4)), {3}).run("command") == 0
-    with pytest.raises(
-        ValueError, match=r"step 6: .* 1 skipped steps; .*non_finite.jsonl.*step-00000004"
-    ) as said:
+    with pytest.raises(ValueError, match=r"step 6: .* 1 skipped steps; .*non_finite.jsonl.*step-00000004") as said:
         _spoil(Trainer(config), {6}).run("command")
     assert "skip_non_finite=11" in str(said.value)
     noted = [json.loads(line)["step"] for line in (config.run_dir / NON_FINITE_FILE).read_text().splitlines()]
