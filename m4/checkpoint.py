@@ -67,6 +67,8 @@ FREE_KEYS = {
     "compile",
     "cuda_graphs",
     "kernels",
+    "activation_checkpointing",
+    "profile",
     "model.init",
     "stop_after_steps",
     "training_time",

@@ -163,6 +163,8 @@ class TrainConfig:
     compile: bool = False
     cuda_graphs: str = "auto"  # auto, on, off: capture the step on a GPU
     kernels: str = ModelConfig.kernels
+    activation_checkpointing: bool = ModelConfig.activation_checkpointing
+    profile: bool = False  # trace a few steps
 
     def __post_init__(self) -> None:
         for key, kind in _schema().items():
@@ -193,7 +195,8 @@ class TrainConfig:
         """What `m4.model.M4` needs to know of a run. Raises ValueError, which begins with the name of what is wrong."""
         section = {leaf.name: getattr(self.model, leaf.name) for leaf in dataclasses.fields(self.model)}
         section["attention"] = AttentionConfig.of(self.model.attention)
-        return ModelConfig(self.modalities, self.vocab_sizes, self.max_seq_lens, kernels=self.kernels, **section)
+        section |= {"kernels": self.kernels, "activation_checkpointing": self.activation_checkpointing}
+        return ModelConfig(self.modalities, self.vocab_sizes, self.max_seq_lens, **section)
 
     def masking_spec(self) -> MaskingSpec:
         """The masking rule of a run. Raises ValueError, which begins with the name of what is wrong."""

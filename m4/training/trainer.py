@@ -43,6 +43,7 @@ from m4.training.graphs import CudaGraphs, Recorder
 from m4.training.guard import NotFinite
 from m4.training.optimizer import build_optimizer, load_optimizer_state
 from m4.training.preflight import Probe, check_memory
+from m4.training.profiling import StepProfiler
 from m4.training.start import load_initial_weights, starting_points
 from m4.training.step import Execution, Figures, TrainStep
 
@@ -146,7 +147,7 @@ class Trainer:
     def loop(self) -> None:
         """Step until the last one; evaluate and save when due."""
         config, state, schedule = self.config, self.state, self.schedule
-        heap = HeapTrimmer()
+        heap, profiler = HeapTrimmer(), StepProfiler(config, self.device)
         while True:
             last = state.step >= min(schedule.steps, config.stop_after_steps or schedule.steps)
             if last or state.step == 0 or schedule.due(config.eval_freq, state.step):
@@ -154,10 +155,11 @@ class Trainer:
             if last or schedule.due(config.save_ckpt_freq, state.step):
                 self.save(try_later=not last)
             if last:
-                return
+                return profiler.close()
             with self.stop.deferred():  # a step is finished before a signal stops it
                 self.train_step()
             heap.step()
+            profiler.step()
             self.stop.check()
 
     def train_step(self) -> Figures | None:
