@@ -29,7 +29,7 @@ from m4.config_values import (
     shown,
 )
 from m4.config_yaml import read_tree, to_yaml
-from m4.device import DEVICE_NAME, DEVICE_NAMES, DTYPES
+from m4.device import DEVICE_NAME, DEVICE_NAMES, TRAINING_DTYPES
 from m4.errors import ConfigError
 from m4.model.config import AttentionConfig, ModelConfig
 from m4.schedule import FLOAT32, ONE_TOKEN, LearningRate, Schedule, total_samples
@@ -353,7 +353,7 @@ def _check(c: TrainConfig) -> None:
 
     require(0 <= c.ema < 1, "ema", "a value of at least 0, which means none, and below 1")
     require(c.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
-    require(c.dtype in DTYPES, "dtype", " or ".join(DTYPES))
+    require(c.dtype in TRAINING_DTYPES, "dtype", " or ".join(TRAINING_DTYPES))
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
     require(DEVICE_NAME.fullmatch(c.device) is not None, "device", DEVICE_NAMES)
     _check_run_name(c.run_name)

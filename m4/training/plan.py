@@ -17,7 +17,7 @@ from m4.build import masking_spec
 from m4.checkpoint import SavedCheckpoint, check_same_run, checkpoint_bytes
 from m4.config import TrainConfig, config_to_yaml
 from m4.data.store import is_packed
-from m4.device import DTYPES, total_memory
+from m4.device import TRAINING_DTYPES, total_memory
 from m4.model.weights import load_matching
 from m4.run.console import duration_text
 from m4.run.directory import resolve_paths
@@ -146,7 +146,7 @@ def estimate_memory(config: TrainConfig, trainer: Trainer) -> MemoryEstimate:
     spec = masking_spec(config)
     inputs, targets = (c.sum(1).mean() for c in drawn_counts(spec, seed=0, sample_ids=np.arange(256)))
     encoder, decoder = _activation_widths(config)
-    width = config.model.dim * DTYPES[config.dtype].itemsize
+    width = config.model.dim * TRAINING_DTYPES[config.dtype].itemsize
     activations = config.batch_size * width * float(inputs * encoder + targets * decoder)
     return MemoryEstimate(
         weights=count * _FLOAT32,

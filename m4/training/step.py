@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,7 @@ class Execution:
         on_gpu = device.type == "cuda"
         if config.cuda_graphs == "on" and not on_gpu:
             raise ConfigError(f"cuda_graphs: on needs a GPU, the device is {device}; use cuda_graphs=auto")
-        if on_gpu and config.dtype == "bf16":
-            major, minor = torch.cuda.get_device_capability(device)
-            if major < 8:
-                raise ConfigError(
-                    f"dtype: bf16 needs a GPU of compute capability 8.0 or more, {device} has {major}.{minor}; "
-                    "use dtype=fp32"
-                )
+        _check_precision(config.dtype, device)
         if config.optimizer == "muon" and on_gpu:
             if config.cuda_graphs == "on":
                 raise ConfigError(
@@ -64,6 +59,27 @@ class Execution:
             return cls(asynchronous=True, graphs=False)
         wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and config.kernels == "auto")
         return cls(asynchronous=on_gpu, graphs=on_gpu and wanted)
+
+
+def _check_precision(dtype: str, device: torch.device) -> None:
+    """Raise ConfigError for a half precision that the device lacks, or that it has a better one for."""
+    if dtype == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"dtype: fp16 is for GPUs without bfloat16, the device is {device}; use dtype=bf16 or dtype=fp32"
+        )
+    if device.type != "cuda" or dtype == "fp32":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if dtype == "bf16" and major < 8:
+        raise ConfigError(
+            f"dtype: bf16 needs a GPU of compute capability 8.0 or more, {device} has {major}.{minor}; "
+            "use dtype=fp16 or dtype=fp32"
+        )
+    if dtype == "fp16" and major >= 8:
+        raise ConfigError(
+            f"dtype: fp16 is for GPUs without bfloat16, {device} (compute capability {major}.{minor}) has it; "
+            "use dtype=bf16, which needs no scaling of the loss"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,10 @@ class TrainStep:
         self._counts = torch.ones(modalities, dtype=torch.int64, device=device)
         self._losses = torch.zeros(modalities, device=device)
         self._norm = torch.zeros((), device=device)
+        # Scales the loss of fp16 so that small gradients do not become 0; for other precisions it does nothing.
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
+        self._fresh_scaling = self._scaler.state_dict()
+        self._one = torch.ones((), device=device)
         self._guard = Guard(modalities, config.skip_non_finite, device)
         self._batch: MaskedBatch | None = None  # the static one
         self._recorded: dict[str, Function] = {}
@@ -133,6 +153,7 @@ class TrainStep:
         """
         self._batch = batch.clone()
         self._counts.copy_(batch.decoder.segments.counts.sum(0).clamp(min=1))
+        scaling = self._scaler.state_dict()
         self._guard.close()  # so that warming up updates nothing, yet makes the optimiser's moments
         for function in (self._first, self._next, self._update, self._first, self._next):
             recorder.warm_up(function)
@@ -145,12 +166,19 @@ class TrainStep:
         recorded["update"] = recorder.record(self._update)
         self._recorded = recorded
         self._guard.open()
+        self._scaler.load_state_dict(scaling)
         self._losses.zero_()
         self._norm.zero_()
 
-    def start_at(self, skipped: int) -> None:
-        """Go on with a run that has skipped so many steps that were not finite."""
+    def scaling(self) -> dict[str, Any]:
+        """What `start_at` wants to know of the scale of the loss: {} but for fp16."""
+        return self._scaler.state_dict()
+
+    def start_at(self, skipped: int, scaling: dict[str, Any] | None = None) -> None:
+        """Go on with a run that skipped so many steps that were not finite and had such a `scaling` (default: anew)."""
         self._guard.start_at(skipped)
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(scaling or self._fresh_scaling)
 
     def start(self, counts: Tensor, rate: float) -> None:
         """Begin a step.
@@ -218,14 +246,17 @@ class TrainStep:
         forward = self._forward if usual else self._model
         with autocast(self._config.dtype, self._device):
             result = forward(batch, target_counts=self._counts)
-        result.total.backward()
+        self._scaler.scale(result.total).backward()
         losses = result.per_modality.detach()
         self._losses.copy_(losses if first else self._losses + losses)
 
     def _update(self) -> None:
+        self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip_grad or math.inf)
         self._norm.copy_(norm)
-        self._guard.check(self._losses, norm)
+        # A scale above 1 may be to blame for a gradient that is not finite: it is halved, and the step left out.
+        self._guard.check(self._losses, norm, self._scaler.scale(self._one) > 1)
         self._optimizer.step()
         if self._averaged is not None:
             self._averaged.update(self._guard.found_inf)
+        self._scaler.update()

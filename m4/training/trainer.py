@@ -282,6 +282,7 @@ class Trainer:
         if self.log is not None:
             self.log.flush()  # what leads to a checkpoint is on the disk before it
         contents = {"optimizer": self.optimizer.state_dict(), "loop": asdict(self.state), "random": random_state()}
+        contents["scaling"] = self.step.scaling()
         config, state = self.config, self.state
         path = save_checkpoint(
             config.run_dir,
@@ -307,7 +308,7 @@ class Trainer:
                 load_matching(found_there.averaged or found_there.weights, self.averaged.model, str(path))
             load_optimizer_state(self.optimizer, saved["optimizer"])
             self.state.restore(saved["loop"])
-            self.step.start_at(self.state.skipped_steps)
+            self.step.start_at(self.state.skipped_steps, saved.get("scaling"))
             found = self.divergence()
             if found is None:
                 set_random_state(saved["random"])
