@@ -20,13 +20,14 @@ CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format; clang_format()'
 CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo learn test other-sums matrix lint format types bench gpu gpu-dry-run sanitize compile-gates clean
+.PHONY: help setup demo learn test other-sums torture matrix lint format types bench gpu gpu-dry-run sanitize compile-gates clean
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
 	@echo "make learn     the same with more videos and steps (most of an hour on one CPU core)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make matrix    run the tests in fresh environments with the oldest and the newest versions (TESTS=... for some)"
+	@echo "make torture   kill -9 a small training run 50 times, saves included: it has to end with the same bits (minutes)"
 	@echo "make bench     set up, run the benchmarks and their guards"
 	@echo "make gpu       on a machine with a GPU, without network: build, CUDA tests, benchmarks, results (10 minutes)"
 	@echo "make gpu-dry-run  rehearse that on the CPU"
@@ -57,6 +58,10 @@ other-sums: setup
 	OPENBLAS_CORETYPE=Haswell OPENBLAS_L2_SIZE=512 $(PY) -m pytest -q -k "interpreter and not opcheck and not compiles" \
 		tests/ops/test_cross_modal_attention.py tests/ops/test_cross_modal_attention_triton.py \
 		tests/ops/test_linear_cross_entropy.py tests/ops/test_linear_cross_entropy_triton.py
+
+# make torture KILLS=10
+torture: setup
+	$(PY) -m tests.torture --kills $(or $(KILLS),50)
 
 # make matrix TESTS="tests/ops -x"
 matrix: setup

@@ -105,7 +105,9 @@ def check_picture_path(argument: str, path: Path, endings: Sequence[str]) -> Non
 def add_saved_run(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that reads a run: which, which of its checkpoints, on what data, where."""
     parser.add_argument("--run", type=run_directory, required=True, help="run directory, for example runs/M4-tiny")
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="checkpoint folder (default: the run's newest)")
+    which = "checkpoint folder, or best: of lowest evaluation loss (default: the run's newest)"
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help=which)
     parser.add_argument("--data", type=existing_folder, metavar="ROOT", help="data root (default: the run's own)")
     parser.add_argument("--split", help="split of the data (default: the run's evaluation split)")
     parser.add_argument("--device", help=f"{DEVICE_NAMES} (default: as the run was configured)")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a run with ema above 0")

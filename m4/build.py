@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from m4.config import TrainConfig
+from m4.data.layout import read_meta
 from m4.data.sample_set import make_sample_set
 from m4.data.store import TokenStore, open_store
 from m4.errors import ConfigError
@@ -15,6 +18,14 @@ from m4.model import M4, ModelConfig
 from m4kernels import MaskingSpec
 
 log = logging.getLogger(__name__)
+
+
+class Stores(NamedTuple):
+    """The packed tokens of a run, and what meta.json says of them, {} where there is none."""
+
+    train: TokenStore
+    evaluation: TokenStore
+    meta: Mapping[str, Any] = {}
 
 
 def model_config(config: TrainConfig) -> ModelConfig:
@@ -57,3 +68,10 @@ def open_split(config: TrainConfig, root: Path, split: str) -> TokenStore:
     """The packed tokens of one split."""
     cache = None if config.data.cache_dir is None else Path(config.data.cache_dir)
     return open_store(root, split, config.modalities, config.vocab_sizes, config.max_seq_lens, cache_dir=cache)
+
+
+def open_stores(config: TrainConfig) -> Stores:
+    """Both splits of a run, where ``data`` says."""
+    root = data_root(config)
+    train, evaluation = (open_split(config, root, name) for name in (config.data.train_split, config.data.eval_split))
+    return Stores(train, evaluation, read_meta(root))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -12,15 +13,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save_file
 from torch import nn
 
 import m4kernels
+from m4.checkpoint_files import content as _content
+from m4.checkpoint_files import digest as _digest
+from m4.checkpoint_files import flush as _flush
+from m4.checkpoint_files import save_state as _save_state
 from m4.compat.nano4m_checkpoint import load_nano4m
 from m4.config import TrainConfig, config_from_dict, config_to_dict
 from m4.errors import CheckpointError
@@ -29,6 +34,8 @@ from m4.model.weights import first_not_finite, load_matching
 __all__ = [
     "CheckpointError",
     "RunIdentity",
+    "SavedCheckpoint",
+    "best_checkpoint",
     "check_same_run",
     "checkpoint_meta",
     "clean_temporaries",
@@ -37,13 +44,17 @@ __all__ = [
     "load_run",
     "load_weights",
     "newest_whole",
+    "read_checkpoint",
+    "read_checkpoints",
     "save_checkpoint",
+    "step_folders",
     "whole_checkpoints",
 ]
 
 log = logging.getLogger(__name__)
 
 MODEL_FILE, STATE_FILE, META_FILE = "model.safetensors", "state.pt", "meta.json"
+EMA_FILE = "ema.safetensors"  # averaged weights, where there are some
 FORMAT = 1
 _META_KEYS = {"step": int, "data_fingerprint": str, "samples_per_step": int, "config": dict, "files": dict}
 
@@ -56,10 +67,15 @@ FREE_KEYS = {
     "compile",
     "cuda_graphs",
     "kernels",
+    "activation_checkpointing",
+    "profile",
     "model.init",
     "stop_after_steps",
     "training_time",
     "keep_ckpts",
+    "keep_best",
+    "resume",
+    "init_from",
     "save_ckpt_freq",
     "eval_freq",
     "eval_samples",
@@ -69,10 +85,17 @@ FREE_KEYS = {
 FREE_SECTIONS = {"data", "log"}  # the data's content is compared by its fingerprint
 BOUND_KEYS = {"data.mirror", "data.order"}  # of these sections: what training sees
 # What checkpoints that lack a key were trained with: it came later.
-BEFORE_KEYS = {"data.mirror": False, "data.order": "sorted", "vocab_lr_scale": 1.0}
+BEFORE_KEYS = {
+    "data.mirror": False,
+    "data.order": "sorted",
+    "vocab_lr_scale": 1.0,
+    "skip_non_finite": 0,
+    "ema": 0.0,
+    "optimizer": "adamw",
+}
 # May change too, which the log says: what helps a run that diverged. Weights, moments and the order of samples keep
 # their meaning under another learning rate, clipping or precision; the rate is a function of the tokens so far.
-ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "dtype"}
+ANNOUNCED_KEYS = {"lr", "min_lr", "token_warmup", "clip_grad", "skip_non_finite", "ema", "dtype"}
 BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, the samples a step
 
 
@@ -84,6 +107,17 @@ class RunIdentity:
     samples_per_step: int
 
 
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A whole checkpoint, read and compared with its digests in one go."""
+
+    path: Path
+    meta: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    state: dict[str, Any]  # as given to `save_checkpoint`
+    averaged: dict[str, torch.Tensor] | None = None
+
+
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -91,13 +125,17 @@ def save_checkpoint(
     state: dict[str, Any],
     config: TrainConfig,
     identity: RunIdentity,
+    evaluation_loss: float | None = None,
+    averaged: nn.Module | None = None,
 ) -> Path:
-    """Write ``checkpoints/step-XXXXXXXX`` and drop all but the newest ``keep_ckpts``.
+    """Write ``checkpoints/step-XXXXXXXX``; keep the newest ``keep_ckpts`` and the ``keep_best`` with the lowest losses.
 
     The folder is written under a temporary name, flushed to disk and renamed, so it is either absent or whole.
 
     Args:
         state: optimizer, loop and random state: anything ``torch.load(weights_only=True)`` reads.
+        evaluation_loss: of these very weights; None where they were not evaluated, and so are not among the best.
+        averaged: the model with averaged weights.
     Raises:
         CheckpointError: the disk is full or cannot be written; what was saved before is untouched.
     """
@@ -107,12 +145,17 @@ def save_checkpoint(
     final, temporary = _step_dir(run_dir, step), folder / f".tmp-{step:08d}-{os.getpid()}"
     try:
         temporary.mkdir()
-        save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, temporary / MODEL_FILE)
+        names = [MODEL_FILE, STATE_FILE]
+        _save_weights(model, temporary / MODEL_FILE)
+        if averaged is not None:
+            names.append(EMA_FILE)
+            _save_weights(averaged, temporary / EMA_FILE)
         _save_state(state, temporary / STATE_FILE)
         meta = {
             "format": FORMAT,
             "step": step,
             **asdict(identity),
+            "evaluation_loss": evaluation_loss,
             "config": config_to_dict(config),
             "versions": {
                 "python": platform.python_version(),
@@ -120,10 +163,10 @@ def save_checkpoint(
                 "numpy": numpy.__version__,
                 "m4kernels": m4kernels.__version__,
             },
-            "files": {name: _digest(temporary / name) for name in (MODEL_FILE, STATE_FILE)},
+            "files": {name: _digest(temporary / name) for name in names},
         }
         (temporary / META_FILE).write_text(json.dumps(meta, indent=1))
-        for name in (MODEL_FILE, STATE_FILE, META_FILE):
+        for name in (*names, META_FILE):
             _flush(temporary / name)
         _flush(temporary)
         if final.exists():  # a damaged one of the same step
@@ -140,25 +183,69 @@ def save_checkpoint(
             f"{final}: cannot be written: {error}; the unfinished copy is removed and earlier checkpoints are intact. "
             f"{free:.2f} GB are free there: make room (or set output_dir) and start the same command again"
         ) from error
-    older = sorted(path for path in _step_dirs(run_dir) if path.name <= final.name)
-    for path in older[: -config.keep_ckpts]:
-        _remove(path)
+    _drop_others(run_dir, final, config)
     return final
 
 
-def whole_checkpoints(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The checkpoints of a run and their meta data, the newest first. Left out, and reported in the log, are those that
-    are damaged and those whose weights are not finite."""
-    for path in sorted(_step_dirs(run_dir), reverse=True):
+def _save_weights(model: nn.Module, path: Path) -> None:
+    save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, path)
+
+
+def _drop_others(run_dir: Path, final: Path, config: TrainConfig) -> None:
+    """Remove what is neither among the newest nor among the best up to ``final``."""
+    here = [path for path in step_folders(run_dir) if path.name <= final.name]
+    best = sorted((loss, -place) for place, path in enumerate(here) if (loss := _evaluation_loss(path)) is not None)
+    kept = {*here[-config.keep_ckpts :], *(here[-place] for _, place in best[: config.keep_best])}
+    for path in here:
+        if path not in kept:
+            _remove(path)
+
+
+def _evaluation_loss(path: Path) -> float | None:
+    """What the meta data of a checkpoint say, damaged or not."""
+    try:
+        loss = json.loads((path / META_FILE).read_bytes())["evaluation_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def read_checkpoint(path: Path) -> SavedCheckpoint:
+    """Read a checkpoint folder, each file once. Raises CheckpointError if it is damaged or its weights not finite."""
+    meta = _read_meta(path)
+    weights = _finite_weights(path, meta, MODEL_FILE)
+    averaged = _finite_weights(path, meta, EMA_FILE) if EMA_FILE in meta["files"] else None
+    content = io.BytesIO(_content(path / STATE_FILE, meta["files"][STATE_FILE]))
+    state = torch.load(content, map_location="cpu", weights_only=True)
+    return SavedCheckpoint(path, meta, weights, state, averaged)
+
+
+def _finite_weights(path: Path, meta: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
+    weights = load(_content(path / name, meta["files"][name]))
+    spoilt = first_not_finite(weights.items())
+    if spoilt is not None:
+        raise CheckpointError(f"{path}: the weights of {spoilt} are not finite, the run had diverged there")
+    return weights
+
+
+def read_checkpoints(run_dir: Path) -> Iterator[SavedCheckpoint]:
+    """The checkpoints of a run that `read_checkpoint` takes, the newest first; the log says which are left out."""
+    for path in reversed(step_folders(run_dir)):
         try:
-            meta = _read_meta(path)
+            saved = read_checkpoint(path)
         except CheckpointError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
             continue
-        with safe_open(path / MODEL_FILE, framework="pt") as file:
-            spoilt = first_not_finite((name, file.get_tensor(name)) for name in list(file.keys()))
-        if spoilt is not None:
-            log.warning("skipping %s: the weights of %s are not finite, the run had diverged there", path, spoilt)
+        yield saved
+
+
+def whole_checkpoints(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """As `read_checkpoints`, where and with which meta data only."""
+    for path in reversed(step_folders(run_dir)):
+        try:
+            meta = _check_content(path)
+        except CheckpointError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
             continue
         yield path, meta
 
@@ -168,9 +255,15 @@ def newest_whole(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     return next(whole_checkpoints(run_dir), None)
 
 
+def best_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The whole checkpoint with the lowest evaluation loss, the newer of equal ones; None where none was evaluated."""
+    found = [one for one in whole_checkpoints(run_dir) if one[1].get("evaluation_loss") is not None]
+    return min(found, key=lambda one: one[1]["evaluation_loss"], default=None)
+
+
 def checkpoint_meta(path: Path) -> dict[str, Any]:
-    """Meta data of a checkpoint folder. Raises CheckpointError if it is damaged, or none."""
-    return _read_meta(path)
+    """Meta data of a checkpoint folder. Raises CheckpointError if it is damaged, or none, or its weights not finite."""
+    return _check_content(path)
 
 
 def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identity: RunIdentity) -> list[str]:
@@ -202,18 +295,20 @@ def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identi
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
     """Load the weights into ``model`` (in place) and return the ``state`` given to `save_checkpoint`."""
-    load_weights(path, model)
-    return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(path)
+    load_matching(saved.weights, model, str(path / MODEL_FILE))
+    return saved.state
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """What a checkpoint takes on the disk: the weights, and two moments of each that is trained."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+def checkpoint_bytes(model: nn.Module, *, averaged: bool = False) -> int:
+    """What a checkpoint takes on the disk: the weights, two moments of each that is trained, and averaged weights."""
+    return sum(p.numel() * p.element_size() * ((3 if p.requires_grad else 1) + averaged) for p in model.parameters())
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint folder into ``model``, in place."""
-    load_matching(load_file(path / MODEL_FILE), model, str(path / MODEL_FILE))
+def load_weights(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
+    """Load the weights of a checkpoint folder, or the averaged ones, into ``model``, in place."""
+    file = path / (EMA_FILE if averaged else MODEL_FILE)
+    load_matching(load_file(file), model, str(file))
 
 
 def load_run(run_dir: str | Path) -> tuple[TrainConfig, Path]:
@@ -241,7 +336,7 @@ def _trajectory(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """Meta data of a checkpoint whose files are all there, of the right size and content."""
+    """Meta data of a checkpoint whose files are all there and of the right size."""
     try:
         meta = json.loads((path / META_FILE).read_text())
         files = meta["files"]
@@ -250,12 +345,10 @@ def _read_meta(path: Path) -> dict[str, Any]:
         for key, kind in _META_KEYS.items():
             if not isinstance(meta[key], kind):
                 raise TypeError(f"{key} is a {type(meta[key]).__name__}, expected {kind.__name__}")
-        for name in (MODEL_FILE, STATE_FILE):
+        for name in {MODEL_FILE: 0, STATE_FILE: 0, **files}:
             size = (path / name).stat().st_size
             if size != files[name]["bytes"]:
                 raise CheckpointError(f"{path / name}: expected {files[name]['bytes']} bytes, got {size}")
-            if _digest(path / name) != files[name]:
-                raise CheckpointError(f"{path / name}: content does not match its checksum")
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -264,49 +357,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-class _NotingFile:
-    """A file that keeps the error of a failed write."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.failure: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        try:
-            return self._file.write(content)
-        except OSError as error:
-            self.failure = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _save_state(state: dict[str, Any], path: Path) -> None:
-    """``torch.save``, which puts an error about its zip file in the place of a failed write. Raises OSError."""
-    with open(path, "wb") as file:
-        noting = _NotingFile(file)
-        try:
-            torch.save(state, cast(BinaryIO, noting))
-        except RuntimeError as error:
-            raise noting.failure or error from error
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _check_content(path: Path) -> dict[str, Any]:
+    """Meta data of a whole checkpoint with finite weights; raises CheckpointError."""
+    meta = _read_meta(path)
+    for name in (MODEL_FILE, EMA_FILE):
+        if name in meta["files"]:
+            _finite_weights(path, meta, name)
+    if _digest(path / STATE_FILE) != meta["files"][STATE_FILE]:
+        raise CheckpointError(f"{path / STATE_FILE}: content does not match its checksum")
+    return meta
 
 
 def _remove(path: Path) -> None:
@@ -320,5 +379,6 @@ def _step_dir(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def _step_dirs(run_dir: Path) -> list[Path]:
-    return [p for p in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
+def step_folders(run_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, whole or not, the oldest first."""
+    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))

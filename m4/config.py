@@ -1,23 +1,22 @@
 """The run's configuration: names, defaults, and what has to hold before any work is done.
 
-`m4.config_yaml` reads and merges, `m4.config_values` says how a value is read by the type of its key. The rules of the
-model, of the masks and of the schedule are those of the classes that are built from it here; only what belongs to none
-of them is checked in this file.
+`m4.config_yaml` reads and merges, `m4.config_values` says how a value is read by the type of its key, `m4.config_keys`
+which keys there are. The rules of the model, of the masks and of the schedule are those of the classes that are built
+from it here; only what belongs to none of them is checked in this file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from m4.compat import nano4m_config
+from m4.config_keys import given_twice, leaves, schema, sections, unknown_key
 from m4.config_values import (
     Duration,
     Patterns,
@@ -30,7 +29,7 @@ from m4.config_values import (
     shown,
 )
 from m4.config_yaml import read_tree, to_yaml
-from m4.device import DEVICE_NAME, DEVICE_NAMES, DTYPES
+from m4.device import DEVICE_NAME, DEVICE_NAMES, TRAINING_DTYPES
 from m4.errors import ConfigError
 from m4.model.config import AttentionConfig, ModelConfig
 from m4.schedule import FLOAT32, ONE_TOKEN, LearningRate, Schedule, total_samples
@@ -52,6 +51,7 @@ __all__ = [
 
 _REFERENCE_TIME = Duration("14:34:45")  # of the M4 recipe on 4 × V100
 _MOST_IDS = 65536  # of a modality: tokens are stored in 16 bits
+RESUME_WORDS = ("auto", "never")  # resume: anything else is a path
 _NAME_BYTES = 255  # what file systems allow a folder's name
 
 # What null stands for, for the keys that may be null.
@@ -60,6 +60,7 @@ _NULL_MEANS = {
     "training_time": "no comparison",
     "eval_samples": "all of the split",
     "stop_after_steps": "train to the end",
+    "init_from": "initial values by model.init",
     "model.attention": "full attention",
     "data.root": "the sample set",
     "data.cache_dir": "next to the data",
@@ -134,7 +135,10 @@ class TrainConfig:
     min_lr: float = 1e-7
     vocab_lr_scale: float = 1.0  # of the token embedding and the output layer, beside lr
     weight_decay: float = 0.05
+    optimizer: str = "adamw"  # or muon: for the matrices of the trunk
+    ema: float = 0.0  # decay of the averaged weights; 0: none
     clip_grad: float | None = 1.0
+    skip_non_finite: int = 0  # steps of the run whose loss or gradient may not be finite: they do not update
     dtype: str = "fp32"
     training_time: Duration | None = _REFERENCE_TIME  # reference wall clock, for comparison only
 
@@ -143,7 +147,10 @@ class TrainConfig:
     eval_seed: int = 0
     eval_generate_samples: int = 16  # of which the next moment is predicted and compared; 0: none
     save_ckpt_freq: float = 1000.0
-    keep_ckpts: int = 3
+    keep_ckpts: int = 3  # the newest …
+    keep_best: int = 1  # … and so many with the lowest evaluation losses
+    resume: str = "auto"  # auto, never, or a checkpoint or run to go on from
+    init_from: str | None = None  # weights to start from: a run, a checkpoint or a nano4M file
     stop_after_steps: int | None = None  # save and stop there, with the schedule left as it is
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -157,6 +164,8 @@ class TrainConfig:
     compile: bool = False
     cuda_graphs: str = "auto"  # auto, on, off: capture the step on a GPU
     kernels: str = ModelConfig.kernels
+    activation_checkpointing: bool = ModelConfig.activation_checkpointing
+    profile: bool = False  # trace a few steps
 
     def __post_init__(self) -> None:
         for key, kind in _schema().items():
@@ -187,7 +196,8 @@ class TrainConfig:
         """What `m4.model.M4` needs to know of a run. Raises ValueError, which begins with the name of what is wrong."""
         section = {leaf.name: getattr(self.model, leaf.name) for leaf in dataclasses.fields(self.model)}
         section["attention"] = AttentionConfig.of(self.model.attention)
-        return ModelConfig(self.modalities, self.vocab_sizes, self.max_seq_lens, kernels=self.kernels, **section)
+        section |= {"kernels": self.kernels, "activation_checkpointing": self.activation_checkpointing}
+        return ModelConfig(self.modalities, self.vocab_sizes, self.max_seq_lens, **section)
 
     def masking_spec(self) -> MaskingSpec:
         """The masking rule of a run. Raises ValueError, which begins with the name of what is wrong."""
@@ -209,7 +219,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[T
         flat, notes = nano4m_config.translate(tree, overridden, lambda key, value: read_value(_schema()[key], value))
     except nano4m_config.TranslationError as error:
         raise ConfigError(f"{path}: {error}") from None
-    notes += _given_twice(overrides)
+    notes += given_twice(overrides)
     if flat.get("run_name", "auto") == "auto":
         flat["run_name"] = _name_of(path)
     return config_from_dict(flat), notes
@@ -221,7 +231,7 @@ def config_from_dict(tree: dict[str, Any]) -> TrainConfig:
         raise ConfigError(f"expected a configuration with keys, got {shown(tree)}")
     values: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {name: {} for name in _sections()}
-    for key, value in _leaves(tree).items():
+    for key, value in leaves(tree, _schema()).items():
         if key not in _schema():
             raise ConfigError(_unknown_key(key, value))
         section, _, name = key.rpartition(".")
@@ -251,35 +261,14 @@ def _read(key: str, kind: Any, value: Any) -> Any:
         raise ConfigError(f"{key}: {error}") from None
 
 
-def _leaves(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value, descending only into our sections (or, for unknown keys, all the way)."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        inside = isinstance(value, dict) and value and dotted not in _schema()
-        for name, leaf in (_leaves(value, f"{dotted}.") if inside else {dotted: value}).items():
-            if name in found:
-                raise ConfigError(f"{name}: given twice")
-            found[name] = leaf
-    return found
-
-
-@functools.cache
 def _schema() -> dict[str, Any]:
     """Dotted key → type, of every leaf."""
-    leaves: dict[str, Any] = {}
-    for name, kind in get_type_hints(TrainConfig).items():
-        if name in _sections():
-            leaves.update({f"{name}.{inner}": inner_kind for inner, inner_kind in get_type_hints(kind).items()})
-        else:
-            leaves[name] = kind
-    return leaves
+    return schema(TrainConfig)
 
 
-@functools.cache
 def _sections() -> dict[str, Any]:
     """Name → class, of every section."""
-    return {name: kind for name, kind in get_type_hints(TrainConfig).items() if dataclasses.is_dataclass(kind)}
+    return sections(TrainConfig)
 
 
 def _is_scalar(key: str) -> bool:
@@ -288,41 +277,8 @@ def _is_scalar(key: str) -> bool:
     return kind is not None and is_scalar(kind)
 
 
-# What other trainers call our keys.
-_OTHER_WORDS = {
-    "learning_rate": "lr",
-    "min_learning_rate": "min_lr",
-    "epochs": "total_tokens",
-    "num_epochs": "total_tokens",
-    "max_steps": "stop_after_steps",
-    "warmup_steps": "token_warmup",
-    "gradient_clipping": "clip_grad",
-    "precision": "dtype",
-    "data_path": "data.root",
-    "dataset": "data.root",
-    "use_wandb": "log.wandb",
-}
-
-
 def _unknown_key(key: str, value: Any) -> str:
-    known = list(_schema()) + nano4m_config.KNOWN_KEYS
-    if key in _sections():
-        inside = ", ".join(name.split(".")[1] for name in _schema() if name.startswith(f"{key}."))
-        return f"{key}: expected a section with the keys {inside}, got {shown(value)}"
-    # A key on the wrong level (dim for model.dim) is as likely as a slip of the pen.
-    nearest = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    words = {name: name for name in known} | _OTHER_WORDS
-    nearest = nearest or [words[word] for word in difflib.get_close_matches(key, words, n=1, cutoff=0.0)]
-    return f"{shortened(key)}: unknown key (value {shown(value)}); the nearest known key is {nearest[0]}"
-
-
-def _given_twice(overrides: list[str]) -> list[str]:
-    keys = [text.partition("=")[0] for text in overrides]
-    return [
-        f"{key}: given {keys.count(key)} times on the command line; the last one counts"
-        for key in dict.fromkeys(keys)
-        if keys.count(key) > 1
-    ]
+    return unknown_key(TrainConfig, key, value, nano4m_config.KNOWN_KEYS)
 
 
 def _name_of(path: Path) -> str:
@@ -391,9 +347,15 @@ def _check(c: TrainConfig) -> None:
     require(c.log.every > 0, "log.every", "a value above 0")
     for key in ("seed", "eval_seed"):
         require(getattr(c, key) >= 0, key, "a value in 0 … 2^63 - 1")
-    require(c.eval_generate_samples >= 0, "eval_generate_samples", "a value of at least 0, which means none")
+    for key in ("eval_generate_samples", "keep_best"):
+        require(getattr(c, key) >= 0, key, "a value of at least 0, which means none")
+    require(0 <= c.skip_non_finite <= 1000, "skip_non_finite", "a value in 0 … 1000")
+    require(c.resume in RESUME_WORDS or c.init_from is None, "init_from", "null with resume=PATH, which has weights")
+
+    require(0 <= c.ema < 1, "ema", "a value of at least 0, which means none, and below 1")
+    require(c.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
+    require(c.dtype in TRAINING_DTYPES, "dtype", " or ".join(TRAINING_DTYPES))
     require(c.data.order in ("feistel", "sorted"), "data.order", "feistel or sorted")
-    require(c.dtype in DTYPES, "dtype", " or ".join(DTYPES))
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
     require(DEVICE_NAME.fullmatch(c.device) is not None, "device", DEVICE_NAMES)
     _check_run_name(c.run_name)

@@ -25,6 +25,7 @@ _ALLOCATION = re.compile(
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRAINING_DTYPES = DTYPES | {"fp16": torch.float16}  # of a run: fp16 where a GPU has no bfloat16
 DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
 DEVICE_NAMES = "cpu, cuda, cuda:INDEX or auto"
 
@@ -112,8 +113,10 @@ def pick_device(name: str, key: str = "device") -> torch.device:
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
-    """Mixed precision for ``dtype: bf16``: weights, gradients and optimiser stay in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+    """Mixed precision for ``dtype: bf16``, and for ``fp16`` on a GPU (a CPU looks at such a run in float32): weights,
+    gradients and optimiser stay in float32."""
+    enabled = dtype == "bf16" or (dtype == "fp16" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=TRAINING_DTYPES[dtype] if enabled else None, enabled=enabled)
 
 
 def default_device() -> torch.device:

@@ -42,7 +42,7 @@ def read_losses(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             continue
         if not (
             _is_number(line.get("tokens"))
-            and _is_number(line.get("loss"))
+            and (_is_number(line.get("loss")) or ("loss" in line and line["loss"] is None))  # a skipped step has none
             and isinstance(line.get("per_modality"), dict)
             and all(value is None or _is_number(value) for value in line["per_modality"].values())
         ):

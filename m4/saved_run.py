@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from m4.build import build_model, open_split
-from m4.checkpoint import checkpoint_meta, load_weights, newest_whole
+from m4.checkpoint import EMA_FILE, best_checkpoint, checkpoint_meta, load_weights, newest_whole
 from m4.config import TrainConfig, config_from_dict
 from m4.data.layout import find_splits
 from m4.data.sample_set import sample_command
@@ -39,22 +39,36 @@ class SavedRun:
     root: Path  # of the data
     data_fingerprint: str  # of the split it was trained on
     cache_dir: Path | None
+    averaged: bool = False  # the weights
 
     @classmethod
     def open(
-        cls, folder: Path, *, checkpoint: Path | None = None, data: Path | None = None, device: str | None = None
+        cls,
+        folder: Path,
+        *,
+        checkpoint: Path | None = None,
+        data: Path | None = None,
+        device: str | None = None,
+        ema: bool = False,
     ) -> SavedRun:
         """Open a run.
 
         Args:
-            checkpoint: folder of a checkpoint, or its name in this run; default the newest.
+            checkpoint: folder of a checkpoint, or its name in this run, or best, of lowest evaluation
+                loss; default the newest.
             data: data root; default the run's own, found from the run's folder or the current one.
             device: default as the run was configured.
+            ema: take the averaged weights.
         Raises:
             ConfigError, CheckpointError: the checkpoint, the device or the data is not there or cannot be used.
         """
         path, meta = _find_checkpoint(folder, checkpoint)
         config = _saved_config(path, meta)
+        if ema and EMA_FILE not in meta["files"]:
+            raise CheckpointError(
+                f"--ema: {path} holds no averaged weights: it was trained with ema={config.ema:g}; "
+                "train with ema=0.999, or leave --ema out"
+            )
         device_key = "device" if device is None else "--device"
         return cls(
             folder=folder,
@@ -64,6 +78,7 @@ class SavedRun:
             root=_find_data(folder, config) if data is None else data,
             data_fingerprint=str(meta.get("data_fingerprint")),
             cache_dir=None if config.data.cache_dir is None else _find(folder, config, config.data.cache_dir),
+            averaged=ema,
         )
 
     @property
@@ -87,9 +102,9 @@ class SavedRun:
         return open_split(dataclasses.replace(self.config, data=section), self.root, split)
 
     def model(self) -> M4:
-        """The model with the weights of the checkpoint, ready to predict."""
+        """The model with the weights of the checkpoint, or the averaged ones, ready to predict."""
         model = build_model(self.config, self.device).eval()
-        load_weights(self.checkpoint, model)
+        load_weights(self.checkpoint, model, averaged=self.averaged)
         return model
 
 
@@ -100,6 +115,11 @@ def _find_checkpoint(folder: Path, checkpoint: Path | None) -> tuple[Path, dict[
             raise CheckpointError(
                 f"--run: {folder} holds no whole checkpoint (checkpoints/step-…); train it until one is saved"
             )
+        return found
+    if str(checkpoint) == "best":
+        found = best_checkpoint(folder)
+        if found is None:
+            raise CheckpointError(f"--checkpoint: best, but no checkpoint of {folder} was evaluated when it was saved")
         return found
     for path in (checkpoint, folder / "checkpoints" / checkpoint):
         if path.is_dir():

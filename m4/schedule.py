@@ -81,6 +81,13 @@ class Schedule:
         after, before = self.tokens(step * self.samples_per_step), self.tokens((step - 1) * self.samples_per_step)
         return step > 0 and math.floor(after / every) > math.floor(before / every)
 
+    def next_due(self, every: float, step: int) -> int:
+        """The first step after ``step`` at whose end something is `due`, or the last of the run."""
+        passed = math.floor(self.tokens(step * self.samples_per_step) / every)
+        guess = math.ceil((passed + 1) * every / self.tokens(self.samples_per_step))
+        near = range(max(guess - 1, step + 1), guess + 2)  # rounding
+        return min(next((later for later in near if self.due(every, later)), guess), self.steps)
+
 
 @dataclass(frozen=True)
 class LearningRate:

@@ -11,6 +11,7 @@ from m4.arguments import CommandParser
 from m4.cli import python_command, run_command
 from m4.config import load_config
 from m4.run.directory import check_not_moved
+from m4.training.plan import dry_run
 from m4.training.trainer import Trainer
 
 log = logging.getLogger("m4.train")
@@ -20,11 +21,17 @@ def main() -> int:
     parser = CommandParser(prog="python -m m4.train", description="Train M4, or resume where it stopped.")
     parser.add_argument("--config", required=True, type=Path, help="YAML file: flat, or nested as nano4M's")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example lr=0.001 model.dim=128")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what the run comes to, check a batch, write nothing"
+    )
     arguments = parser.parse_intermixed_args()
     config, notes = load_config(arguments.config, arguments.overrides)
     check_not_moved(arguments.config, config, arguments.overrides)
     for note in notes:
         log.info("%s", note)
+    if arguments.dry_run:
+        print(dry_run(config))
+        return 0
     return Trainer(config).run(shlex.join([python_command(), "-m", "m4.train", *sys.argv[1:]]))
 
 

@@ -20,7 +20,15 @@ ROOMS = [
     ["m4"],  # the package itself, which imports nothing
     ["m4.errors"],
     ["m4.config_values", "m4.distributed", "m4.schedule"],
-    ["m4.config_yaml", "m4.files", "m4.modalities", "m4.device", "m4.pictures"],
+    [
+        "m4.config_keys",
+        "m4.checkpoint_files",
+        "m4.config_yaml",
+        "m4.files",
+        "m4.modalities",
+        "m4.device",
+        "m4.pictures",
+    ],
     ["m4.data"],
     ["m4.data.synthetic"],
     ["m4.data.preparation"],

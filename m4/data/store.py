@@ -92,12 +92,8 @@ def open_store(
         return TokenStore(*open_rows(root, split, modalities, vocab_sizes, max_seq_lens, cache_dir))
     pids = find_pids(root, split, modalities)
     files, stamp = _survey(root, split, modalities, pids)
-    layout = hashlib.sha256(json.dumps([_VERSION, modalities, max_seq_lens]).encode())
-    folder = root / ".cache"
-    if cache_dir is not None:
-        folder = Path(cache_dir)
-        layout.update(os.fsencode(root.resolve()))
-    index_path = folder / f"{split}-{layout.hexdigest()[:16]}.json"
+    index_path = _index_path(root, split, modalities, max_seq_lens, cache_dir)
+    folder = index_path.parent
     index = _read_index(index_path, stamp, len(pids), max_seq_lens)
     if index is None:
         _make_cache_folder(folder)
@@ -118,6 +114,45 @@ def open_store(
             )
     tokens = np.memmap(folder / index["data"], dtype=np.uint16, mode="r", shape=(len(pids), sum(max_seq_lens)))
     return TokenStore(tokens=tokens, fingerprint=index["fingerprint"], pids=tuple(pids))
+
+
+def is_at_hand(
+    root: str | os.PathLike,
+    split: str,
+    modalities: Sequence[str],
+    max_seq_lens: Sequence[int],
+    cache_dir: str | os.PathLike | None = None,
+) -> bool:
+    """Whether `open_store` would find the store of a split as it needs it, and write nothing. Raises as it does.
+
+    Never of a packed data set, since opening one notes there what was checked.
+    """
+    root, modalities = Path(root), list(modalities)
+    if is_packed(root):
+        return False
+    pids = find_pids(root, split, modalities)
+    _, stamp = _survey(root, split, modalities, pids)
+    return (
+        _read_index(_index_path(root, split, modalities, max_seq_lens, cache_dir), stamp, len(pids), max_seq_lens)
+        is not None
+    )
+
+
+def _index_path(
+    root: Path,
+    split: str,
+    modalities: list[str],
+    max_seq_lens: Sequence[int],
+    cache_dir: str | os.PathLike | None,
+) -> Path:
+    """Where the index of a split lies; the packed rows are beside it."""
+    layout = hashlib.sha256(json.dumps([_VERSION, modalities, list(max_seq_lens)]).encode())
+    if cache_dir is None:
+        folder = root / ".cache"
+    else:
+        folder = Path(cache_dir)
+        layout.update(os.fsencode(root.resolve()))
+    return folder / f"{split}-{layout.hexdigest()[:16]}.json"
 
 
 def _survey(root: Path, split: str, modalities: list[str], pids: list[str]) -> tuple[dict[str, list[str]], FileStamp]:

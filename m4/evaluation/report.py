@@ -80,6 +80,7 @@ def evaluate_run(
     report = {
         "run": str(run.folder),
         "checkpoint": run.checkpoint_name,
+        "weights": "averaged" if run.averaged else "trained",
         "split": split,
         "split_samples": len(store),
         "data_root": str(run.root.resolve()),
@@ -131,8 +132,9 @@ def report_table(report: dict[str, Any]) -> str:
     """The report as text, one line a modality."""
     every = report["split_samples"]
     samples = f"{every}" if report["samples"] == every else f"the first {report['samples']} of {every}"
+    averaged = " (averaged weights)" if report.get("weights") == "averaged" else ""
     lines = [
-        f"{report['run']} {report['checkpoint']}, split {report['split']}: {samples} samples, nats a token",
+        f"{report['run']} {report['checkpoint']}{averaged}, split {report['split']}: {samples} samples, nats a token",
         f"{'modality':<14} {'targets':>8} {'model':>8} {'unigram':>8} {'gain':>8} {'perplexity':>10} {'top 1':>6} "
         f"{'top 5':>6}   {'training-set entropy':>20}",
     ]

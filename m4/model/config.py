@@ -50,6 +50,7 @@ class ModelConfig:
         init: initial values, see `m4.model.init`: "fourier", or nano4M's "normal".
         kernels: "auto" runs packed batches through m4kernels; "reference" is the padded pure-PyTorch path with a dense
             boolean mask, SDPA and whole logits; "reference-matmul" the same with an explicit masked softmax.
+        activation_checkpointing: compute the blocks again in the backward pass instead of keeping what they computed.
 
     Raises:
         ValueError: a value does not fit; the message names the key.
@@ -66,6 +67,7 @@ class ModelConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     init: str = "fourier"
     kernels: str = "auto"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if not self.modalities:
@@ -100,6 +102,8 @@ class ModelConfig:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
         if self.kernels not in KERNELS:
             raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
+        if self.activation_checkpointing and self.kernels != "auto":
+            raise ValueError(f"activation_checkpointing must be false with kernels={self.kernels}, which keeps all")
         for name in ("encoder", "decoder", "cross"):
             allow_matrix(getattr(self.attention, name), len(self.modalities), f"attention.{name}")
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from m4.model.config import ModelConfig
 from m4kernels import Segments, cross_modal_attention
@@ -97,13 +99,22 @@ class DecoderBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A stack of blocks; exists so that parameters are called `encoder.blocks.0...` as in nano4M."""
+    """A stack of blocks; exists so that parameters are called `encoder.blocks.0...` as in nano4M.
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    Args:
+        recompute: keep only the input of each block for the backward pass, which then runs the block once more.
+    """
+
+    def __init__(self, blocks: list[nn.Module], recompute: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.recompute = recompute
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         for block in self.blocks:
-            x = block(x, *context)
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing in a block is random.
+                x = checkpoint(block, x, *context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *context)
         return x

@@ -60,10 +60,10 @@ class M4(nn.Module):
         self.enc_mod_emb = nn.Embedding(modalities, dim)
         self.dec_mod_emb = nn.Embedding(modalities, dim)
         self.register_buffer("pos_emb", sincos_positions(max(config.max_seq_lens), dim))
-        self.encoder = Trunk([EncoderBlock(config) for _ in range(config.enc_depth)])
+        self.encoder = Trunk([EncoderBlock(config) for _ in range(config.enc_depth)], config.activation_checkpointing)
         self.enc_norm = norm(dim)
         self.dec_context_proj = nn.Linear(dim, dim, bias=True)
-        self.decoder = Trunk([DecoderBlock(config) for _ in range(config.dec_depth)])
+        self.decoder = Trunk([DecoderBlock(config) for _ in range(config.dec_depth)], config.activation_checkpointing)
         self.dec_norm = norm(dim)
         self.to_logits = nn.Linear(dim, config.vocabulary, bias=False)
         for name in ("encoder", "decoder", "cross"):

@@ -169,7 +169,8 @@ class TrainingProgress:
     def step(self, losses: list[float | None], norm: float, rate: float) -> dict[str, Any]:
         """Show a finished step and return its metrics.
 
-        losses: of each modality, None without a target, which counts as 0 in the mean.
+        losses: of each modality, None without a target, which counts as 0 in the mean; in the metrics of a step that
+            was skipped null stands for what is not finite.
         """
         schedule, state = self._schedule, self._state
         elapsed = time.monotonic() - self._start
@@ -178,10 +179,11 @@ class TrainingProgress:
         metrics: dict[str, Any] = {
             "tokens": schedule.tokens(state.position),
             "samples": state.position,
-            "loss": sum(loss or 0.0 for loss in losses) / len(losses),
-            "per_modality": dict(zip(self._config.modalities, losses, strict=True)),
+            "loss": finite_or_none(sum(loss or 0.0 for loss in losses) / len(losses)),
+            "per_modality": dict(zip(self._config.modalities, map(finite_or_none, losses), strict=True)),
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": finite_or_none(norm),
+            "skipped_steps": state.skipped_steps,
             "samples_per_s": speed,
             "valid_tokens_per_s": self._valid / elapsed,
             "counted_tokens_per_s": speed * schedule.tokens_per_sample,
@@ -190,8 +192,9 @@ class TrainingProgress:
             "seconds": state.seconds,
         }
         if self._display is not None:
+            loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
             text = (
-                f"step {state.step}/{schedule.steps}  loss {metrics['loss']:.4f}  lr {rate:.2e}  {speed:.3g} samples/s"
+                f"step {state.step}/{schedule.steps}  loss {loss}  lr {rate:.2e}  {speed:.3g} samples/s"
                 f"  {metrics['valid_tokens_per_s']:,.0f} valid tok/s  {metrics['counted_tokens_per_s']:,.0f} counted "
                 f"tok/s  padding avoided {metrics['padding_avoided']:.0%}  memory {metrics['memory_bytes'] / 1e9:.2f} "
                 f"GB  left {self._left(0, speed)}"
@@ -263,6 +266,11 @@ def announce_estimate(
     if whole > _DAY and device.type == "cpu":
         log.warning("that is no run for a CPU. For a run of minutes: python -m m4.train --config M4-tiny.yaml")
         log.warning("or with this configuration add: %s", _RUN_OF_MINUTES)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """As JSON has it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def duration_text(seconds: float) -> str:

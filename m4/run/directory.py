@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from m4.config import TrainConfig, format_duration
+from m4.config import RESUME_WORDS, TrainConfig, format_duration
 from m4.device import peak_memory
 from m4.errors import ConfigError
 from m4.files import writable_folder, write_atomically
@@ -36,7 +36,13 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
         sample_dir=_absolute(config.data.sample_dir),
         cache_dir=config.data.cache_dir and _absolute(config.data.cache_dir),
     )
-    return replace(config, data=data, output_dir=_absolute(config.output_dir))
+    return replace(
+        config,
+        data=data,
+        output_dir=_absolute(config.output_dir),
+        resume=config.resume if config.resume in RESUME_WORDS else _absolute(config.resume),
+        init_from=config.init_from and _absolute(config.init_from),
+    )
 
 
 def _absolute(path: str) -> str:

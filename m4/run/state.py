@@ -15,9 +15,16 @@ class LoopState:
     step: int = 0  # finished optimiser steps
     position: int = 0  # samples consumed, in the order of training
     seconds: float = 0.0  # wall clock of the training loop, evaluations included, over all resumptions
+    skipped_steps: int = 0  # whose loss or gradient was not finite
     evaluated_step: int = -1
     first_evaluation: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
+
+    @property
+    def evaluation_loss(self) -> float | None:
+        """Of the weights as they are; None where they were not evaluated."""
+        current = self.evaluation is not None and self.evaluated_step == self.step
+        return self.evaluation["loss"] if current and self.evaluation is not None else None
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Be where a checkpoint was."""

@@ -1,27 +1,92 @@
-"""AdamW with decay groups, and the learning rate as a function of counted tokens."""
+"""AdamW with decay groups, Muon for the matrices of the trunk, and the learning rate over counted tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from m4.config import TrainConfig
+from m4.errors import ConfigError
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+MUON_MOMENTUM = 0.95
 VOCABULARY = ("enc_tok_emb.weight", "to_logits.weight")  # a row for every id
+TRUNK = ("encoder.blocks.", "decoder.blocks.")
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weights and embeddings decay, norms and biases (fewer than two dimensions) do not.
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Looks like one optimiser: torch's Muon for some matrices, AdamW for the other parameters.
+
+    Muon reads ``found_inf`` on the host: it knows nothing of it, and has to be left out where a step must not update.
+
+    Args:
+        matrices: two-dimensional parameters.
+        others: groups of AdamW.
+        config: the run.
+    Raises:
+        ConfigError: this torch has no Muon.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[dict[str, Any]], config: TrainConfig) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"optimizer: muon needs torch 2.9 or newer, which brings it, this is {torch.__version__}; "
+                "use optimizer=adamw, or pip install --upgrade torch"
+            )
+        self.muon = torch.optim.Muon(
+            [{"params": matrices, "lr_on_host": True}],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=MUON_MOMENTUM,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.adamw = _adamw(others, config)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+
+    @property
+    def found_inf(self) -> Tensor:
+        """() float, 1 where the step must not update."""
+        return self.adamw.found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, value: Tensor) -> None:
+        self.adamw.found_inf = value  # type: ignore[attr-defined]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters, or none."""
+        self.adamw.step()
+        if not self.found_inf:
+            self.muon.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimiser's."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """The two work on the groups and the state of this one."""
+        self.muon.state = self.adamw.state = self.state
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of a run; weights and embeddings decay, norms and biases (fewer than two dimensions) do not.
+
+    ``adamw`` is AdamW for all. ``muon`` is Muon for the matrices of the encoder's and decoder's blocks and AdamW for
+    the rest. Its updates are scaled to the root mean square of AdamW's (0.2 · sqrt of the larger side; Liu et al.,
+    "Muon is Scalable for LLM Training", 2025), so both have the learning rate and weight decay of the configuration.
 
     The rows of the vocabulary (token embedding and output layer) have a group of their own where their learning rate
     is another, ``config.vocab_lr_scale`` times the rate.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    weights = [(name, p) for name, p in named if p.ndim >= 2]
+    matrices = [p for name, p in named if p.ndim == 2 and name.startswith(TRUNK)] if config.optimizer == "muon" else []
+    taken = {id(p) for p in matrices}
+    weights = [(name, p) for name, p in named if p.ndim >= 2 and id(p) not in taken]
     apart = VOCABULARY if config.vocab_lr_scale != 1 else ()
     groups = [
         {"params": [p for name, p in weights if name not in apart], "weight_decay": config.weight_decay},
@@ -32,7 +97,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
             "lr_scale": config.vocab_lr_scale,
         },
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=BETAS, eps=EPS, fused=True)
+    groups = [group for group in groups if group["params"]]
+    return MuonAndAdamW(matrices, groups, config) if matrices else _adamw(groups, config)
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

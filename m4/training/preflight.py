@@ -14,7 +14,7 @@ from m4.batches.order import SampleOrder
 from m4.batches.packing import drawn_counts
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
-from m4.device import DTYPES, autocast, total_memory
+from m4.device import TRAINING_DTYPES, autocast, total_memory
 from m4.errors import ConfigError
 from m4.modalities import RowLayout
 from m4.model import M4
@@ -125,7 +125,9 @@ def check_memory(config: TrainConfig, schedule: Schedule, spec: MaskingSpec, dev
     model = config.model
     inputs, targets = (counts.sum(1).mean() for counts in drawn_counts(spec, seed=0, sample_ids=np.arange(256)))
     matrices = 4 * model.dim**2 * (model.enc_depth + model.dec_depth) + max(config.vocab_sizes) * model.dim
-    forward = (inputs * model.enc_depth + targets * model.dec_depth) * model.dim * DTYPES[config.dtype].itemsize
+    forward = (
+        (inputs * model.enc_depth + targets * model.dec_depth) * model.dim * TRAINING_DTYPES[config.dtype].itemsize
+    )
     samples = schedule.samples_per_step
     needed = {
         "model": ("the model with its optimiser", matrices * 16.0),

@@ -2,15 +2,17 @@
 
 The step is three functions of static tensors, `_first` and `_next` micro-batch and `_update`, which never ask the
 device for a value. Run one after another they are an eager step; recorded they are three graphs to replay. What the
-host wants to know is kept on the device until `read`. A loss or gradient that is not finite is noticed there too: from
-then on the optimiser leaves parameters and moments as they are, until the host reads of it and stops.
+host wants to know is kept on the device until `read`. A loss or gradient that is not finite is noticed there too
+(`m4.training.guard`): the optimiser then leaves parameters and moments as they are.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +21,13 @@ from m4.config import TrainConfig
 from m4.device import autocast
 from m4.errors import ConfigError
 from m4.model import M4, Losses
+from m4.training.ema import AveragedWeights
 from m4.training.graphs import Function, Recorder
+from m4.training.guard import Guard, NotFinite
 from m4.training.optimizer import set_learning_rate
 from m4kernels import MaskedBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,26 +48,50 @@ class Execution:
         on_gpu = device.type == "cuda"
         if config.cuda_graphs == "on" and not on_gpu:
             raise ConfigError(f"cuda_graphs: on needs a GPU, the device is {device}; use cuda_graphs=auto")
-        if on_gpu and config.dtype == "bf16":
-            major, minor = torch.cuda.get_device_capability(device)
-            if major < 8:
+        _check_precision(config.dtype, device)
+        if config.optimizer == "muon" and on_gpu:
+            if config.cuda_graphs == "on":
                 raise ConfigError(
-                    f"dtype: bf16 needs a GPU of compute capability 8.0 or more, {device} has {major}.{minor}; "
-                    "use dtype=fp32"
+                    "cuda_graphs: on cannot capture optimizer=muon: torch's Muon has no capturable form; use "
+                    "cuda_graphs=auto, which then runs the step eagerly, or optimizer=adamw"
                 )
+            log.info("optimizer: muon runs the step eagerly, not as CUDA graphs: torch's Muon has no capturable form")
+            return cls(asynchronous=True, graphs=False)
         wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and config.kernels == "auto")
         return cls(asynchronous=on_gpu, graphs=on_gpu and wanted)
+
+
+def _check_precision(dtype: str, device: torch.device) -> None:
+    """Raise ConfigError for a half precision that the device lacks, or that it has a better one for."""
+    if dtype == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"dtype: fp16 is for GPUs without bfloat16, the device is {device}; use dtype=bf16 or dtype=fp32"
+        )
+    if device.type != "cuda" or dtype == "fp32":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if dtype == "bf16" and major < 8:
+        raise ConfigError(
+            f"dtype: bf16 needs a GPU of compute capability 8.0 or more, {device} has {major}.{minor}; "
+            "use dtype=fp16 or dtype=fp32"
+        )
+    if dtype == "fp16" and major >= 8:
+        raise ConfigError(
+            f"dtype: fp16 is for GPUs without bfloat16, {device} (compute capability {major}.{minor}) has it; "
+            "use dtype=bf16, which needs no scaling of the loss"
+        )
 
 
 @dataclass(frozen=True)
 class Figures:
     """What `TrainStep.read` found."""
 
-    losses: list[float]  # (M,), of the last step; of the first that was not finite, if one was not
+    losses: list[float]  # (M,), of the last step; of the one that stops the run, if `finite` is False
     norm: float  # of the gradient before clipping, of the same step
     updates: int  # steps since the last `read` that changed the parameters
-    lost: int  # steps since the last `read` that did not: one was not finite, the others came after it
+    lost: int  # steps since the last `read` that stop the run: one was not finite, the others came after it
     finite: bool
+    skipped: tuple[NotFinite, ...] = ()  # since the last `read`: not finite, and passed over
 
 
 class TrainStep:
@@ -70,12 +100,13 @@ class TrainStep:
     Args:
         model: the model that is trained.
         forward: its forward pass, perhaps compiled.
-        optimizer: of its parameters; must heed ``found_inf`` (torch's fused AdamW does).
+        optimizer: of its parameters; must heed ``found_inf`` (torch's fused AdamW does, and `MuonAndAdamW`).
         config: the run.
         device: where the model is.
         execution: how steps run.
         capacity: (inputs, targets) of the usual micro-batch, if there is one. A larger one runs uncompiled: compiling
             takes longer than the few steps that need it.
+        averaged: of the model's weights, to be kept up to date.
     """
 
     def __init__(
@@ -87,8 +118,9 @@ class TrainStep:
         device: torch.device,
         execution: Execution,
         capacity: tuple[int, int] | None = None,
+        averaged: AveragedWeights | None = None,
     ) -> None:
-        self._capacity = capacity
+        self._capacity, self._averaged = capacity, averaged
         self._model, self._forward, self._optimizer = model, forward, optimizer
         self._config, self._device, self._execution = config, device, execution
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -96,16 +128,20 @@ class TrainStep:
         self._counts = torch.ones(modalities, dtype=torch.int64, device=device)
         self._losses = torch.zeros(modalities, device=device)
         self._norm = torch.zeros((), device=device)
-        self._bad = torch.zeros((), device=device)  # 1 from the first step on that was not finite
-        self._updates = torch.zeros((), device=device)
+        # Scales the loss of fp16 so that small gradients do not become 0; for other precisions it does nothing.
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
+        self._fresh_scaling = self._scaler.state_dict()
+        self._one = torch.ones((), device=device)
+        self._guard = Guard(modalities, config.skip_non_finite, device)
         self._batch: MaskedBatch | None = None  # the static one
         self._recorded: dict[str, Function] = {}
         self._done = 0  # micro-batches of this step
         self._launched = 0  # steps that the device was given since the last `read`
-        optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]
         if execution.asynchronous:  # the rate, too, is read on the device
             for group in optimizer.param_groups:
-                group["lr"] = torch.zeros((), device=device)
+                if not group.get("lr_on_host"):
+                    group["lr"] = torch.zeros((), device=device)
 
     def record(self, batch: MaskedBatch, recorder: Recorder, micro_batches: int) -> None:
         """Record the step for micro-batches of the shapes of `batch`; parameters and moments stay as they are.
@@ -117,7 +153,8 @@ class TrainStep:
         """
         self._batch = batch.clone()
         self._counts.copy_(batch.decoder.segments.counts.sum(0).clamp(min=1))
-        self._bad.fill_(1.0)  # so that warming up updates nothing, yet makes the optimiser's moments
+        scaling = self._scaler.state_dict()
+        self._guard.close()  # so that warming up updates nothing, yet makes the optimiser's moments
         for function in (self._first, self._next, self._update, self._first, self._next):
             recorder.warm_up(function)
         self._optimizer.zero_grad(set_to_none=True)
@@ -128,8 +165,20 @@ class TrainStep:
             recorded["next"] = recorder.record(self._next)
         recorded["update"] = recorder.record(self._update)
         self._recorded = recorded
-        for figure in (self._bad, self._losses, self._norm, self._updates):
-            figure.zero_()
+        self._guard.open()
+        self._scaler.load_state_dict(scaling)
+        self._losses.zero_()
+        self._norm.zero_()
+
+    def scaling(self) -> dict[str, Any]:
+        """What `start_at` wants to know of the scale of the loss: {} but for fp16."""
+        return self._scaler.state_dict()
+
+    def start_at(self, skipped: int, scaling: dict[str, Any] | None = None) -> None:
+        """Go on with a run that skipped so many steps that were not finite and had such a `scaling` (default: anew)."""
+        self._guard.start_at(skipped)
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(scaling or self._fresh_scaling)
 
     def start(self, counts: Tensor, rate: float) -> None:
         """Begin a step.
@@ -165,12 +214,17 @@ class TrainStep:
         """Wait for the device and see how the steps since the last `read` went; None where there was none."""
         if not self._launched:
             return None
-        *losses, norm, bad, updates = torch.cat(
-            [self._losses, torch.stack([self._norm, self._bad, self._updates])]
-        ).tolist()
-        self._updates.zero_()
-        lost, self._launched = self._launched - round(updates), 0
-        return Figures(losses, norm, round(updates), lost, not bad)
+        modalities = len(self._losses)
+        found = torch.cat([self._losses, self._norm.unsqueeze(0), self._guard.figures()]).tolist()
+        losses, norm = found[:modalities], found[modalities]
+        verdict = self._guard.read(found[modalities + 1 :])
+        self._launched = 0
+        if verdict.stopped is not None:
+            stopped = verdict.stopped
+            return Figures(
+                stopped.losses, stopped.norm, verdict.updates, stopped.ago + 1, False, tuple(verdict.skipped)
+            )
+        return Figures(losses, norm, verdict.updates, 0, True, tuple(verdict.skipped))
 
     def release(self) -> None:
         """Free the gradients, unless graphs own them."""
@@ -192,14 +246,17 @@ class TrainStep:
         forward = self._forward if usual else self._model
         with autocast(self._config.dtype, self._device):
             result = forward(batch, target_counts=self._counts)
-        result.total.backward()
-        losses = result.per_modality.detach() if first else self._losses + result.per_modality.detach()
-        self._losses.copy_(torch.where(self._bad > 0, self._losses, losses))
+        self._scaler.scale(result.total).backward()
+        losses = result.per_modality.detach()
+        self._losses.copy_(losses if first else self._losses + losses)
 
     def _update(self) -> None:
+        self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip_grad or math.inf)
-        finite = torch.isfinite(self._losses).all() & torch.isfinite(norm)
-        self._norm.copy_(torch.where(self._bad > 0, self._norm, norm))
-        self._bad.copy_(torch.maximum(self._bad, (~finite).float()))
-        self._updates.add_(1.0 - self._bad)
+        self._norm.copy_(norm)
+        # A scale above 1 may be to blame for a gradient that is not finite: it is halved, and the step left out.
+        self._guard.check(self._losses, norm, self._scaler.scale(self._one) > 1)
         self._optimizer.step()
+        if self._averaged is not None:
+            self._averaged.update(self._guard.found_inf)
+        self._scaler.update()

@@ -4,60 +4,54 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 
-from m4.batches.masked import fixed_batches
 from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
 from m4.batches.train import TrainBatches
-from m4.build import build_model, data_root, masking_spec, open_split
-from m4.checkpoint import (
-    RunIdentity,
-    check_same_run,
-    checkpoint_bytes,
-    clean_temporaries,
-    load_checkpoint,
-    save_checkpoint,
-    whole_checkpoints,
-)
+from m4.build import Stores, build_model, masking_spec, open_stores
+from m4.checkpoint import RunIdentity, check_same_run, checkpoint_bytes, clean_temporaries, save_checkpoint
 from m4.config import TrainConfig, config_to_yaml
-from m4.data.layout import read_meta
-from m4.data.store import TokenStore
 from m4.device import HeapTrimmer, enough_memory, pick_device
 from m4.distributed import World
-from m4.evaluation.losses import evaluate
-from m4.evaluation.next_moment import next_moment_of
-from m4.evaluation.table import next_line
+from m4.errors import CheckpointError
 from m4.files import write_atomically
-from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
+from m4.model.weights import load_matching
+from m4.run.console import TrainingProgress, announce, announce_estimate
 from m4.run.directory import check_room, only_process, resolve_paths, summarised_step, write_summary
 from m4.run.metrics import RunLog
 from m4.run.signals import Interrupted, StopSignals
 from m4.run.state import LoopState, random_state, set_random_state
 from m4.schedule import Schedule, learning_rate
-from m4.training.finite import diverged, loss_that_is_not_finite, state_that_is_not_finite
+from m4.training.ema import AveragedWeights, averaged_model
+from m4.training.evaluating import RunEvaluator
+from m4.training.finite import (
+    NON_FINITE_FILE,
+    diverged,
+    loss_that_is_not_finite,
+    note_not_finite,
+    state_that_is_not_finite,
+    why_not_finite,
+)
 from m4.training.graphs import CudaGraphs, Recorder
+from m4.training.guard import NotFinite
 from m4.training.optimizer import build_optimizer, load_optimizer_state
 from m4.training.preflight import Probe, check_memory
+from m4.training.profiling import StepProfiler
+from m4.training.start import load_initial_weights, starting_points
 from m4.training.step import Execution, Figures, TrainStep
+
+__all__ = ["Stores", "Trainer"]
 
 log = logging.getLogger(__name__)
 
 _LESS_MEMORY = "lower batch_size (global_batch_size stays the samples of a step) or the size of the model"
-
-
-class Stores(NamedTuple):
-    """The packed tokens of a run, and what meta.json says of them, {} where there is none."""
-
-    train: TokenStore
-    evaluation: TokenStore
-    meta: Mapping[str, Any] = {}
 
 
 class Trainer:
@@ -88,13 +82,14 @@ class Trainer:
         self.schedule = Schedule.of(config, World.from_environment().size)
         self.spec = masking_spec(config)
         check_memory(config, self.schedule, self.spec, device)
-        self.stores = stores or _open_stores(config)
+        self.stores = stores or open_stores(config)
         train, fixed = self.stores.train, self.execution.asynchronous
         self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step)
         with enough_memory(_LESS_MEMORY):
             self.model = build_model(config, device)
             self.optimizer = build_optimizer(self.model, config)
-            order = SampleOrder(len(train), config.seed, config.data.order)
+            self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
+            self.order = order = SampleOrder(len(train), config.seed, config.data.order)
             mirror = Mirror.of(config, self.stores.meta, train, device)
             self.batches = TrainBatches(
                 train,
@@ -108,14 +103,13 @@ class Trainer:
                 mirror=mirror,
             )
             forward = torch.compile(self.model, dynamic=not fixed) if config.compile else self.model
-            self.step = TrainStep(
-                self.model, forward, self.optimizer, config, device, self.execution, self.batches.capacity
-            )
+            capacity, optimizer, averaged = self.batches.capacity, self.optimizer, self.averaged
+            self.step = TrainStep(self.model, forward, optimizer, config, device, self.execution, capacity, averaged)
         self.probe = Probe(self.model, train, order, self.spec, config, device, mirror)
-        self.next_moment = next_moment_of(config, self.stores.meta, self.stores.evaluation)
         self.state = LoopState()
         self.progress = TrainingProgress(config, self.schedule, self.state, device)
         self.stop = StopSignals()
+        self.evaluator = RunEvaluator(config, self.stores, self.spec, device, self.stop.check)
         self.log: RunLog | None = None  # open while `run` runs
         self._saved_step = -1
         self._checked_at = time.monotonic()
@@ -153,17 +147,19 @@ class Trainer:
     def loop(self) -> None:
         """Step until the last one; evaluate and save when due."""
         config, state, schedule = self.config, self.state, self.schedule
-        heap = HeapTrimmer()
+        heap, profiler = HeapTrimmer(), StepProfiler(config, self.device)
         while True:
             last = state.step >= min(schedule.steps, config.stop_after_steps or schedule.steps)
             if last or state.step == 0 or schedule.due(config.eval_freq, state.step):
                 self.evaluate()
             if last or schedule.due(config.save_ckpt_freq, state.step):
-                self.save()
+                self.save(try_later=not last)
             if last:
-                return
-            self.train_step()
+                return profiler.close()
+            with self.stop.deferred():  # a step is finished before a signal stops it
+                self.train_step()
             heap.step()
+            profiler.step()
             self.stop.check()
 
     def train_step(self) -> Figures | None:
@@ -173,16 +169,14 @@ class Trainer:
         inputs = self.batches.step(self.state.position)
         self.step.start(inputs.counts, rate)
         for batch in inputs.micro_batches:
-            self.stop.check()
             self.step.micro_batch(batch.masked)
             self.progress.micro_batch(batch.samples, batch.valid_tokens)
-        with self.stop.deferred():  # parameters, state and metrics go together
-            self.step.update()
-            self.state.step += 1
-            self.state.position = position
-            self.batches.prepare(position)  # while the device is busy
-            figures = self.report(rate, inputs.targets)
-            self.step.release()
+        self.step.update()
+        self.state.step += 1
+        self.state.position = position
+        self.batches.prepare(position)  # while the device is busy
+        figures = self.report(rate, inputs.targets)
+        self.step.release()
         return figures
 
     def report(self, rate: float, targets: np.ndarray | None) -> Figures | None:
@@ -205,60 +199,51 @@ class Trainer:
         return figures
 
     def check(self) -> Figures | None:
-        """Wait for the steps that were launched, if any; raise ValueError if one of them was not finite."""
+        """Wait for the steps that were launched, if any; note those that were not finite, and raise ValueError for the
+        one that was one too many."""
         figures = self.step.read()
         if figures is None:
             return None
+        for skipped in figures.skipped:
+            self.state.skipped_steps += 1
+            step, found = self.note_not_finite(skipped)
+            count, most = self.state.skipped_steps, self.config.skip_non_finite
+            log.warning("step %d: %s; its update is skipped (%d of at most %d in this run)", step, found, count, most)
         if not figures.finite:
+            step, found = self.note_not_finite(NotFinite(figures.lost - 1, figures.losses, figures.norm))
             self.state.step -= figures.lost
             self.state.position -= figures.lost * self.schedule.samples_per_step
-            found = loss_that_is_not_finite(figures.losses, self.config.modalities)
-            found = found or f"the losses are finite but the gradient norm is {figures.norm}"
-            self.stop_diverged(f"step {self.state.step + 1}: {found}")
+            if self.state.skipped_steps:
+                found += f", after {self.state.skipped_steps} skipped steps"
+            self.stop_diverged(f"step {step}: {found}; its samples are named in {NON_FINITE_FILE}")
         now = time.monotonic()
         self.state.seconds += now - self._checked_at
         self._checked_at = now
         return figures
 
+    def note_not_finite(self, found: NotFinite) -> tuple[int, str]:
+        """Write down the samples of a step that was not finite; returns its number and what was not finite."""
+        samples = self.schedule.samples_per_step
+        ids = np.arange(samples) + self.state.position - (found.ago + 1) * samples
+        rows = self.order.rows(ids)
+        step, pids = self.state.step - found.ago, [self.stores.train.pids[row] for row in rows]
+        if self.log is not None:
+            note_not_finite(self.config, step, found, ids, rows, pids)
+        return step, why_not_finite(found, self.config.modalities)
+
     def evaluate(self) -> None:
-        """Losses on the evaluation split, unless this step has them already."""
-        config, state, store = self.config, self.state, self.stores.evaluation
+        """Figures on the evaluation split, unless this step has them already."""
+        state = self.state
         if state.evaluated_step == state.step:
             return
         self.check()
-        what = f"evaluating on {config.data.eval_split}"
-        samples = min(len(store), config.eval_samples or len(store))
-        log.info("%s: %d samples", what, samples)
-        batches = fixed_batches(
-            store,
-            self.spec,
-            seed=config.eval_seed,
-            batch_size=config.batch_size,
-            max_samples=samples,
-            device=self.device,
-        )
-        self.model.eval()
-        shown = show_progress(batches, what, samples, size=lambda batch: batch.decoder.segments.batch_size)
-        result = evaluate(self.model, shown, config, self.device, after_batch=self.stop.check)
-        next_figures = self.evaluate_next_moment()
-        self.model.train()
-        found = loss_that_is_not_finite([x or 0.0 for x in result.per_modality.values()], config.modalities)
+        result, lines = self.evaluator.evaluate(self.model, averaged_model(self.averaged))
+        found = loss_that_is_not_finite([x or 0.0 for x in result["per_modality"].values()], self.config.modalities)
         if found is not None:
             self.stop_diverged(f"evaluation after step {state.step}: {found}")
-        self.keep_evaluation(asdict(result) | next_figures)
-        log.info("step %d  eval %s", state.step, result)
-        for figures in next_figures.values():
-            log.info("step %d  eval %s", state.step, next_line(figures))
-
-    def evaluate_next_moment(self) -> dict[str, Any]:
-        """``next``: how good the next moment of a few evaluation samples is predicted; {} for a run that has none."""
-        store, wanted = self.stores.evaluation, self.config.eval_generate_samples
-        if self.next_moment is None:
-            return {}
-        prediction = self.next_moment.predict(
-            self.model, store, min(len(store), wanted), self.device, after_batch=self.stop.check
-        )
-        return {"next": self.next_moment.figures(prediction)}
+        self.keep_evaluation(result)
+        for line in lines:
+            log.info("step %d  eval %s", state.step, line)
 
     def keep_evaluation(self, result: dict) -> None:
         """Log an evaluation of this step and keep it in the state."""
@@ -270,35 +255,60 @@ class Trainer:
             state.first_evaluation = state.first_evaluation or result
             state.evaluated_step = state.step
 
-    def save(self) -> None:
-        """Write a checkpoint from which training can go on, unless there is one of this step; else raise ValueError."""
+    def save(self, *, try_later: bool = False) -> None:
+        """Write a checkpoint from which training can go on, unless there is one of this step; else raise ValueError.
+
+        Args:
+            try_later: where the disk is full or fails, say so and leave it to the next save.
+        """
         self.check()
         if self._saved_step == self.state.step:
             return
         found = self.divergence()
         if found is not None:
             self.stop_diverged(f"after step {self.state.step} {found}")
-        with self.stop.deferred():
-            if self.log is not None:
-                self.log.flush()  # what leads to a checkpoint is on the disk before it
-            contents = {
-                "optimizer": self.optimizer.state_dict(),
-                "loop": asdict(self.state),
-                "random": random_state(),
-            }
-            config = self.config
-            path = save_checkpoint(config.run_dir, self.state.step, self.model, contents, config, self.identity)
-            self._saved_step = self.state.step
-            log.info("saved %s", path)
+        try:
+            with self.stop.deferred():
+                self.write_checkpoint()
+        except (CheckpointError, OSError) as error:
+            if not try_later:
+                raise
+            log.error("NOT SAVED after step %d: %s", self.state.step, error)
+            later = self.schedule.next_due(self.config.save_ckpt_freq, self.state.step)
+            log.error("training goes on; the next save is tried after step %d, a stop signal tries at once", later)
+
+    def write_checkpoint(self) -> None:
+        """Raises CheckpointError or OSError where the disk is full or cannot be written."""
+        if self.log is not None:
+            self.log.flush()  # what leads to a checkpoint is on the disk before it
+        contents = {"optimizer": self.optimizer.state_dict(), "loop": asdict(self.state), "random": random_state()}
+        contents["scaling"] = self.step.scaling()
+        config, state = self.config, self.state
+        path = save_checkpoint(
+            config.run_dir,
+            state.step,
+            self.model,
+            contents,
+            config,
+            self.identity,
+            state.evaluation_loss,
+            averaged_model(self.averaged),
+        )
+        self._saved_step = state.step
+        log.info("saved %s", path)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint from which training can go on, if there is one."""
+        """Take up the best checkpoint from which training can go on, if there is one, else ``init_from``."""
         clean_temporaries(self.config.run_dir)
-        for path, meta in whole_checkpoints(self.config.run_dir):
-            changes = check_same_run(path, meta, self.config, self.identity)
-            saved = load_checkpoint(path, self.model)
+        for found_there in starting_points(self.config):
+            path, saved = found_there.path, found_there.state
+            changes = check_same_run(path, found_there.meta, self.config, self.identity)
+            load_matching(found_there.weights, self.model, str(path))
+            if self.averaged is not None:  # from here on, if they were not averaged before
+                load_matching(found_there.averaged or found_there.weights, self.averaged.model, str(path))
             load_optimizer_state(self.optimizer, saved["optimizer"])
             self.state.restore(saved["loop"])
+            self.step.start_at(self.state.skipped_steps, saved.get("scaling"))
             found = self.divergence()
             if found is None:
                 set_random_state(saved["random"])
@@ -309,12 +319,16 @@ class Trainer:
                 return
             log.warning("skipping %s: %s, the run had diverged there", path, found)
             self.start_over()
+        load_initial_weights(self.model, self.config)
+        if self.averaged is not None:
+            self.averaged.start_over()
 
     def start_over(self) -> None:
         """Weights, optimiser and state of a fresh run."""
         self.model.load_state_dict(build_model(self.config, self.device).state_dict())
         self.optimizer.state.clear()
         self.state.restore({})
+        self.step.start_at(0)
 
     def divergence(self) -> str | None:
         """What is not finite in the weights, the optimiser, or the losses and gradients of a few samples to come."""
@@ -336,7 +350,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """What happens once before the first step: checks, an estimate of the time, recording, the clock."""
-        check_room(self.config.run_dir, checkpoint_bytes(self.model))
+        check_room(self.config.run_dir, checkpoint_bytes(self.model, averaged=self.averaged is not None))
         log.info("smoke test: a few samples forward and backward")
         smoke = self.probe.smoke_test(self.state.position)
         size = self.config.batch_size
@@ -381,9 +395,3 @@ class Trainer:
         except OSError as error:
             reason = f"{error.strerror}; mend that and give the same command again: it writes the summary"
             raise OSError(error.errno, reason, error.filename) from error
-
-
-def _open_stores(config: TrainConfig) -> Stores:
-    root = data_root(config)
-    train, evaluation = (open_split(config, root, name) for name in (config.data.train_split, config.data.eval_split))
-    return Stores(train, evaluation, read_meta(root))
