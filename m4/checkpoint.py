@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy
 import torch
@@ -56,6 +56,8 @@ FREE_KEYS = {
     "compile",
     "cuda_graphs",
     "kernels",
+    "parallel",
+    "rank_timeout",
     "model.init",
     "stop_after_steps",
     "training_time",
@@ -78,16 +80,23 @@ BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, t
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is besides its configuration."""
+    """What a run is besides its configuration, and the number of ranks, which may change."""
 
     data_fingerprint: str
     samples_per_step: int
+    ranks: int = 1
+
+
+class HasWeights(Protocol):
+    """A model, or what stands for one that is divided over ranks."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: nn.Module,
+    model: HasWeights,
     state: dict[str, Any],
     config: TrainConfig,
     identity: RunIdentity,
@@ -193,11 +202,23 @@ def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identi
         more = (
             f" (and {len(differences) - 1} more: {', '.join(d[0] for d in differences[1:])})" if differences[1:] else ""
         )
+        remedy = "set it back"
+        if key == names["samples_per_step"]:
+            remedy = _same_samples(before, config, identity.ranks)
         raise CheckpointError(
             f"{path}: checkpoint of another run: {key} is {before!r} there and {after!r} now{more}; "
-            f"set it back to resume, or start a new run with run_name=NAME"
+            f"{remedy} to resume, or start a new run with run_name=NAME"
         )
     return [f"{key}: {before} in the checkpoint, {after} now" for key, before, after in changes]
+
+
+def _same_samples(samples: int, config: TrainConfig, ranks: int) -> str:
+    """What makes steps of so many samples again."""
+    if samples % ranks:
+        return f"{ranks} ranks cannot share {samples} samples: start a number of ranks that divides them"
+    each = samples // ranks
+    size = max(n for n in range(1, min(config.batch_size, each) + 1) if each % n == 0)
+    return f"with {ranks} rank{'s' if ranks > 1 else ''} set batch_size={size} global_batch_size={samples}"
 
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from m4.arguments import CommandParser
 from m4.cli import python_command, run_command
 from m4.config import load_config
+from m4.device import device_of_rank
+from m4.distributed import World
 from m4.run.directory import check_not_moved
 from m4.training.trainer import Trainer
 
@@ -25,7 +27,11 @@ def main() -> int:
     check_not_moved(arguments.config, config, arguments.overrides)
     for note in notes:
         log.info("%s", note)
-    return Trainer(config).run(shlex.join([python_command(), "-m", "m4.train", *sys.argv[1:]]))
+    world = World.from_environment()
+    device = device_of_rank(config.device, world)
+    command = shlex.join([python_command(), "-m", "m4.train", *sys.argv[1:]])
+    with world.joined(config.rank_timeout, device.type) as joined:
+        return Trainer(config, device=device, world=joined).run(command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop at once where nothing can break, and wait where it could."""
+"""Ctrl-C and SIGTERM: stop at once where nothing can break, and wait where it could; of many ranks all or none."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from m4.distributed import World
 
 
 class Interrupted(BaseException):
@@ -18,9 +20,13 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Within ``with StopSignals() as stop:`` SIGINT and SIGTERM raise `Interrupted`, except inside `deferred`."""
+    """Within ``with StopSignals() as stop:`` SIGINT and SIGTERM raise `Interrupted`, except inside `deferred`.
 
-    def __init__(self) -> None:
+    With several ranks, who would wait for one that stops at once, they raise in `check_together` only, on all of them.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        self._world = world or World()
         self.received: int | None = None
         self._deferring = False
         self._previous: dict[int, Any] = {}
@@ -36,8 +42,16 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise if a signal came; also one whose exception was lost in a callback of C code."""
-        if self.received is not None:
+        self._world.beat()
+        if self.received is not None and self._world.size == 1:
             raise Interrupted(self.received)
+
+    def check_together(self) -> None:
+        """Raise if a signal came to any of the ranks; all of them call it after the same step."""
+        self._world.beat()
+        received = self._world.largest(self.received or 0)
+        if received:
+            raise Interrupted(received)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -51,5 +65,7 @@ class StopSignals:
     def _handle(self, signum: int, _: FrameType | None) -> None:
         first = self.received is None
         self.received = signum
-        if first and not self._deferring:  # later ones must not break into the saving that the first one caused
+        if (
+            first and not self._deferring and self._world.size == 1
+        ):  # later ones must not break into the saving that the first one caused
             raise Interrupted(signum)

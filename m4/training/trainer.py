@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from m4.batches.masked import fixed_batches
 from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
 from m4.batches.train import TrainBatches
-from m4.build import build_model, data_root, masking_spec, open_split
+from m4.build import build_model, masking_spec
 from m4.checkpoint import (
     RunIdentity,
     check_same_run,
@@ -26,38 +26,31 @@ from m4.checkpoint import (
     save_checkpoint,
     whole_checkpoints,
 )
-from m4.config import TrainConfig, config_to_yaml
-from m4.data.layout import read_meta
-from m4.data.store import TokenStore
+from m4.config import TrainConfig, config_to_dict, config_to_yaml
 from m4.device import HeapTrimmer, enough_memory, pick_device
 from m4.distributed import World
 from m4.evaluation.losses import evaluate
 from m4.evaluation.next_moment import next_moment_of
 from m4.evaluation.table import next_line
 from m4.files import write_atomically
+from m4.model.weights import load_matching
 from m4.run.console import TrainingProgress, announce, announce_estimate, show_progress
-from m4.run.directory import check_room, only_process, resolve_paths, summarised_step, write_summary
+from m4.run.directory import check_room, only_run, resolve_paths, summarised_step, write_summary
 from m4.run.metrics import RunLog
 from m4.run.signals import Interrupted, StopSignals
 from m4.run.state import LoopState, random_state, set_random_state
 from m4.schedule import Schedule, learning_rate
+from m4.training.exchange import exchange_of
 from m4.training.finite import diverged, loss_that_is_not_finite, state_that_is_not_finite
 from m4.training.graphs import CudaGraphs, Recorder
 from m4.training.optimizer import build_optimizer, load_optimizer_state
 from m4.training.preflight import Probe, check_memory
 from m4.training.step import Execution, Figures, TrainStep
+from m4.training.stores import Stores
 
 log = logging.getLogger(__name__)
 
 _LESS_MEMORY = "lower batch_size (global_batch_size stays the samples of a step) or the size of the model"
-
-
-class Stores(NamedTuple):
-    """The packed tokens of a run, and what meta.json says of them, {} where there is none."""
-
-    train: TokenStore
-    evaluation: TokenStore
-    meta: Mapping[str, Any] = {}
 
 
 class Trainer:
@@ -69,6 +62,7 @@ class Trainer:
         device: default what ``device`` says.
         execution: how steps run; default what suits the device.
         resident: as in `m4.batches.rows.TokenRows`.
+        world: the ranks that train together; default this process alone.
     Raises:
         ValueError: something in the configuration or its data cannot be run; nothing has been written.
     """
@@ -81,18 +75,22 @@ class Trainer:
         device: torch.device | None = None,
         execution: Execution | None = None,
         resident: bool | None = None,
+        world: World | None = None,
     ) -> None:
         self.config = config = resolve_paths(config)
+        self.world = world = world or World()
         self.device = device = device or pick_device(config.device)
-        self.execution = execution or Execution.of(config, device)
-        self.schedule = Schedule.of(config, World.from_environment().size)
+        self.execution = execution or Execution.of(config, device, world.size)
+        self.schedule = Schedule.of(config, world.size)
         self.spec = masking_spec(config)
         check_memory(config, self.schedule, self.spec, device)
-        self.stores = stores or _open_stores(config)
+        self.stores = stores or Stores.of(config, world)
         train, fixed = self.stores.train, self.execution.asynchronous
-        self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step)
+        self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step, world.size)
+        world.must_agree({**config_to_dict(config), "data fingerprint": train.fingerprint})
         with enough_memory(_LESS_MEMORY):
             self.model = build_model(config, device)
+            self.exchange = exchange_of(config, self.model, world, device)
             self.optimizer = build_optimizer(self.model, config)
             order = SampleOrder(len(train), config.seed)
             mirror = Mirror.of(config, self.stores.meta, train, device)
@@ -106,16 +104,25 @@ class Trainer:
                 fixed_shapes=fixed,
                 resident=resident,
                 mirror=mirror,
+                world=world,
             )
             forward = torch.compile(self.model, dynamic=not fixed) if config.compile else self.model
             self.step = TrainStep(
-                self.model, forward, self.optimizer, config, device, self.execution, self.batches.capacity
+                self.model,
+                forward,
+                self.optimizer,
+                config,
+                device,
+                self.execution,
+                self.batches.capacity,
+                self.exchange,
+                self.schedule.accumulation,
             )
-        self.probe = Probe(self.model, train, order, self.spec, config, device, mirror)
+        self.probe = Probe(self.model, train, order, self.spec, config, device, mirror, self.exchange)
         self.next_moment = next_moment_of(config, self.stores.meta, self.stores.evaluation)
         self.state = LoopState()
         self.progress = TrainingProgress(config, self.schedule, self.state, device)
-        self.stop = StopSignals()
+        self.stop = StopSignals(world)
         self.log: RunLog | None = None  # open while `run` runs
         self._saved_step = -1
         self._checked_at = time.monotonic()
@@ -126,7 +133,7 @@ class Trainer:
         Args:
             command: what to type to resume.
         """
-        with only_process(self.config.run_dir), self.stop, enough_memory(_LESS_MEMORY):
+        with only_run(self.config.run_dir, self.world), self.stop, enough_memory(_LESS_MEMORY):
             self.resume()
             self.announce()
             if self.state.step >= self.schedule.steps:
@@ -134,7 +141,8 @@ class Trainer:
                     self.summarise()
                 log.info("the run is complete (%d steps); for another one set run_name=NAME", self.state.step)
                 return 0
-            self.log = RunLog(self.config.run_dir, self.config, self._saved_step)
+            if self.world.leads:
+                self.log = RunLog(self.config.run_dir, self.config, self._saved_step)
             with self.closing():
                 try:
                     self.prepare()
@@ -164,7 +172,7 @@ class Trainer:
                 return
             self.train_step()
             heap.step()
-            self.stop.check()
+            self.stop.check_together()
 
     def train_step(self) -> Figures | None:
         """One optimiser step from where the state stands; returns its figures if they were read."""
@@ -206,7 +214,8 @@ class Trainer:
 
     def check(self) -> Figures | None:
         """Wait for the steps that were launched, if any; raise ValueError if one of them was not finite."""
-        figures = self.step.read()
+        with self.world.waiting():  # a GPU waits for those of the others
+            figures = self.step.read()
         if figures is None:
             return None
         if not figures.finite:
@@ -239,8 +248,9 @@ class Trainer:
         )
         self.model.eval()
         shown = show_progress(batches, what, samples, size=lambda batch: batch.decoder.segments.batch_size)
-        result = evaluate(self.model, shown, config, self.device, after_batch=self.stop.check)
-        next_figures = self.evaluate_next_moment()
+        with self.exchange.evaluating():
+            result = evaluate(self.model, shown, config, self.device, after_batch=self.stop.check, world=self.world)
+            next_figures = self.evaluate_next_moment()
         self.model.train()
         found = loss_that_is_not_finite([x or 0.0 for x in result.per_modality.values()], config.modalities)
         if found is not None:
@@ -281,20 +291,19 @@ class Trainer:
         with self.stop.deferred():
             if self.log is not None:
                 self.log.flush()  # what leads to a checkpoint is on the disk before it
-            contents = {
-                "optimizer": self.optimizer.state_dict(),
-                "loop": asdict(self.state),
-                "random": random_state(),
-            }
+            model, optimizer = self.exchange.whole(self.model, self.optimizer)
+            contents = {"optimizer": optimizer, "loop": asdict(self.state), "random": random_state()}
             config = self.config
-            path = save_checkpoint(config.run_dir, self.state.step, self.model, contents, config, self.identity)
+            if self.world.leads:
+                path = save_checkpoint(config.run_dir, self.state.step, model, contents, config, self.identity)
+                log.info("saved %s", path)
             self._saved_step = self.state.step
-            log.info("saved %s", path)
 
     def resume(self) -> None:
         """Take up the newest checkpoint from which training can go on, if there is one."""
-        clean_temporaries(self.config.run_dir)
-        for path, meta in whole_checkpoints(self.config.run_dir):
+        if self.world.leads:
+            clean_temporaries(self.config.run_dir)
+        for path, meta in self.world.told(whole_checkpoints(self.config.run_dir)):
             changes = check_same_run(path, meta, self.config, self.identity)
             saved = load_checkpoint(path, self.model)
             load_optimizer_state(self.optimizer, saved["optimizer"])
@@ -312,14 +321,14 @@ class Trainer:
 
     def start_over(self) -> None:
         """Weights, optimiser and state of a fresh run."""
-        self.model.load_state_dict(build_model(self.config, self.device).state_dict())
+        load_matching(build_model(self.config, self.device).state_dict(), self.model, "initial values")
         self.optimizer.state.clear()
         self.state.restore({})
 
     def divergence(self) -> str | None:
         """What is not finite in the weights, the optimiser, or the losses and gradients of a few samples to come."""
-        found = state_that_is_not_finite(self.model, self.optimizer)
-        return found or self.probe.divergence(self.state.position)
+        found = self.world.first(state_that_is_not_finite(self.model, self.optimizer))
+        return found or self.world.first(self.probe.divergence(self.state.position))
 
     def stop_diverged(self, found: str) -> NoReturn:
         """Raise ValueError: what was found and how to go on."""
@@ -327,16 +336,19 @@ class Trainer:
 
     def announce(self) -> None:
         """Say what will run and keep its configuration in the run directory."""
-        write_atomically(self.config.run_dir / "config.yaml", config_to_yaml(self.config).encode())
+        if self.world.leads:
+            write_atomically(self.config.run_dir / "config.yaml", config_to_yaml(self.config).encode())
         parameters = sum(p.numel() for p in self.model.parameters())
         samples = (len(self.stores.train), len(self.stores.evaluation))
-        announce(self.config, self.schedule, self.device, parameters=parameters, samples=samples)
+        ranks = self.world.size
+        announce(self.config, self.schedule, self.device, parameters=parameters, samples=samples, ranks=ranks)
         if self.batches.capacity:
             log.info("micro-batches of %d input and %d target tokens", *self.batches.capacity)
 
     def prepare(self) -> None:
         """What happens once before the first step: checks, an estimate of the time, recording, the clock."""
-        check_room(self.config.run_dir, checkpoint_bytes(self.model))
+        if self.world.leads:
+            check_room(self.config.run_dir, checkpoint_bytes(self.model))
         log.info("smoke test: a few samples forward and backward")
         smoke = self.probe.smoke_test(self.state.position)
         size = self.config.batch_size
@@ -344,13 +356,13 @@ class Trainer:
         if self.execution.graphs:
             log.info("recording the step as CUDA graphs")
             with self.stop.deferred():
-                self.record(CudaGraphs(self.device))
+                self.record(CudaGraphs(self.device, beside_others=self.world.size > 1))
         self.progress.start()
         self._checked_at = time.monotonic()
 
     def record(self, recorder: Recorder) -> None:
         """Record the step with a batch of the usual shapes; parameters and moments stay as they are."""
-        self.step.record(self.batches.example(self.state.position), recorder, self.schedule.accumulation)
+        self.step.record(self.batches.example(self.state.position), recorder)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -376,14 +388,10 @@ class Trainer:
 
     def summarise(self) -> None:
         """Write the summary. Raises OSError with the remedy."""
+        if not self.world.leads:
+            return
         try:
             write_summary(self.config, self.schedule, self.state, self.device)
         except OSError as error:
             reason = f"{error.strerror}; mend that and give the same command again: it writes the summary"
             raise OSError(error.errno, reason, error.filename) from error
-
-
-def _open_stores(config: TrainConfig) -> Stores:
-    root = data_root(config)
-    train, evaluation = (open_split(config, root, name) for name in (config.data.train_split, config.data.eval_split))
-    return Stores(train, evaluation, read_meta(root))
