@@ -153,9 +153,9 @@ class TrainBatches:
         whole, valid = counts.sum(0), counts.sum((1, 2))
         others = np.delete(ids, share, axis=0)
         if others.size:  # their masks are known here too
-            drawn = drawn_counts(self._spec, seed=self._config.seed, sample_ids=others.ravel())
-            whole = whole + np.stack([side.sum(0) for side in drawn])
-            valid = valid + sum(drawn).reshape(self._world.size - 1, len(masked), -1).sum((0, 2))
+            drawn = np.stack(drawn_counts(self._spec, seed=self._config.seed, sample_ids=others.ravel()))  # (2, S, M)
+            whole = whole + drawn.sum(1)
+            valid = valid + drawn.sum((0, 2)).reshape(self._world.size - 1, len(masked), size).sum((0, 2))
         targets = whole[1]
         return StepBatches(
             torch.from_numpy(targets.clip(min=1)).to(self._device),

@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
-
-import torch.distributed as dist
+from typing import Any, NoReturn
 
 _FAILURE = "m4/failure"
 _BEAT = "m4/beat/{}"
@@ -102,11 +100,11 @@ class Watch:
     """The thread of one rank. `beat` and `waiting` are for its main thread.
 
     Args:
-        store: that all ranks reach; it gets a connection of its own.
+        store: torch's, that all ranks reach; it gets a connection of its own.
         timeout: seconds without progress after which a rank counts as lost.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self._store, self._rank, self._size, self._timeout = store.clone(), rank, size, timeout
         self._every = min(_MOST_SECONDS, timeout / 5)
         self._place = f"{socket.gethostname()}, process {os.getpid()}"

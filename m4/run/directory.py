@@ -95,15 +95,15 @@ def only_process(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def only_run(run_dir: Path, world: World) -> Iterator[None]:
-    """`only_process` for all ranks of a run: the first one holds the directory, the others make sure that they see it."""
+    """`only_process` for all ranks of a run: the first one holds the directory, the others must see it."""
     with only_process(run_dir) if world.leads else nullcontext():
         world.largest(0)
         end = time.monotonic() + _SEEN_SECONDS
         while not (run_dir / LOCK_FILE).exists():
             if time.monotonic() > end:
                 raise ConfigError(
-                    f"output_dir: rank {world.rank} does not see {run_dir}, which rank 0 has made; set it to a folder on a "
-                    "file system that all machines share"
+                    f"output_dir: rank {world.rank} does not see {run_dir}, which rank 0 has made; set a folder on "
+                    "a file system that all machines share"
                 )
             time.sleep(0.1)
         yield

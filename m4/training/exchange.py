@@ -92,7 +92,7 @@ class Replicated(Exchange):
                 begun.wait()
         for bucket, flat in zip(self._buckets, self._flat, strict=True):
             if flat is not None:
-                torch._foreach_copy_([p.grad for p in bucket], _views(flat, bucket))
+                torch._foreach_copy_(_gradients(bucket), _views(flat, bucket))
         self._sums = []
 
     def _is_ready(self, parameter: Tensor) -> None:
@@ -107,12 +107,10 @@ class Replicated(Exchange):
         """Begin the sum of the next bucket."""
         index = len(self._sums)
         bucket, flat = self._buckets[index], self._flat[index]
-        for p in bucket:
-            if p.grad is None:  # this rank had no use for it
-                p.grad = torch.zeros_like(p)
+        gradients = _gradients(bucket)
         if flat is not None:
-            torch._foreach_copy_(_views(flat, bucket), [p.grad for p in bucket])
-        self._sums.append(self._world.sum_of(bucket[0].grad if flat is None else flat))
+            torch._foreach_copy_(_views(flat, bucket), gradients)
+        self._sums.append(self._world.sum_of(gradients[0] if flat is None else flat))
 
 
 def _buckets(parameters: Sequence[Tensor], most: int) -> list[list[Tensor]]:
@@ -127,6 +125,14 @@ def _buckets(parameters: Sequence[Tensor], most: int) -> list[list[Tensor]]:
         buckets[-1].append(p)
         size += bytes_of_it
     return buckets
+
+
+def _gradients(bucket: Sequence[Tensor]) -> list[Tensor]:
+    """Those of its parameters; 0 where this rank has no use for one."""
+    for p in bucket:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad for p in bucket if p.grad is not None]
 
 
 def _flat(bucket: Sequence[Tensor]) -> Tensor | None:
@@ -161,11 +167,11 @@ class Sharded(Exchange):
         self._world = world
         with world.waiting():
             mesh = init_device_mesh(device.type, (world.size,))
-        for block in [*model.encoder.blocks, *model.decoder.blocks]:
-            fully_shard(block, mesh=mesh)
-        self._root: Any = fully_shard(model, mesh=mesh)
-        self._root.set_gradient_divide_factor(1.0)  # sums, see above …
-        self._root.set_force_sum_reduction_for_comms(True)  # … in the only way that gloo knows
+        for module in [*model.encoder.blocks, *model.decoder.blocks, model]:
+            part: Any = fully_shard(module, mesh=mesh)
+            part.set_gradient_divide_factor(1.0)  # sums, see above …
+            part.set_force_sum_reduction_for_comms(True)  # … in the only way that gloo knows
+        self._root: Any = model
 
     @contextmanager
     def backward(self, *, last: bool) -> Iterator[None]:

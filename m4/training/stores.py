@@ -27,4 +27,5 @@ class Stores(NamedTuple):
     @classmethod
     def _open(cls, config: TrainConfig) -> Stores:
         root, data = data_root(config), config.data
-        return cls(*(open_split(config, root, name) for name in (data.train_split, data.eval_split)), read_meta(root))
+        train, evaluation = (open_split(config, root, name) for name in (data.train_split, data.eval_split))
+        return cls(train, evaluation, read_meta(root))
