@@ -29,9 +29,18 @@ def main() -> int:
         log.info("%s", note)
     world = World.from_environment()
     device = device_of_rank(config.device, world)
-    command = shlex.join([python_command(), "-m", "m4.train", *sys.argv[1:]])
+    command = shlex.join([*_launcher(world), "-m", "m4.train", *sys.argv[1:]])
     with world.joined(config.rank_timeout, device.type) as joined:
         return Trainer(config, device=device, world=joined).run(command)
+
+
+def _launcher(world: World) -> list[str]:
+    """How this run was started, without what is said of machines that meet."""
+    if world.size == 1:
+        return [python_command()]
+    machines = world.size // world.local_size
+    nodes = [f"--nnodes={machines}"] if machines > 1 else []
+    return ["torchrun", *nodes, f"--nproc-per-node={world.local_size}"]
 
 
 if __name__ == "__main__":

@@ -96,6 +96,12 @@ def _named(ranks: list[int], seen: dict[int, Seen]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {names}{' …' if len(ranks) > 8 else ''}"
 
 
+def _reason(error: BaseException) -> str:
+    """What torch says, without its guesses: the first sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].partition(". This is")[0] if lines else type(error).__name__
+
+
 class Watch:
     """The thread of one rank. `beat` and `waiting` are for its main thread.
 
@@ -158,7 +164,7 @@ class Watch:
 
     def explain(self, error: BaseException) -> str:
         """Why an exchange with the others failed: which rank is gone."""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _reason(error)
         try:
             before = self._read_all()
             end = time.monotonic() + 3 * self._every
@@ -186,8 +192,7 @@ class Watch:
                 self._look(seen)
         except RuntimeError as error:
             if not (self._closing or self._stopped.is_set()):
-                reason = str(error).strip().splitlines()[0]
-                self._end(f"{self._rank} {_NO_STORE}: {reason}")
+                self._end(f"{self._rank} {_NO_STORE}: {_reason(error)}")
 
     def _look(self, seen: dict[int, Seen]) -> None:
         self._looks += 1
