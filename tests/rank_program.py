@@ -4,6 +4,8 @@
 """
 
 import dataclasses
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from m4.config import load_config
 from m4.distributed import World
 from m4.training.trainer import Trainer
+from tests.saved_runs import saved_config
 from tests.training.step_setup import AS_ON_A_GPU, ON_A_CPU
 
 torch.set_num_threads(1)
@@ -30,10 +33,13 @@ TRAININGS = {
     "two-one-four-on": ({"run_name": "two-one-four"}, [None]),
     "fsdp-one-four": (SHARDED, [7]),
     "fsdp-one-four-on": ({**SHARDED, "run_name": "fsdp-one-four"}, [None]),
+    "moments": ({"moments": True}, [2]),
+    "fsdp-moments": ({**SHARDED, "moments": True}, [2]),
     "diverges": ({"lr": 1e38, "eval_freq": 100.0}, [None]),
     "spoilt": ({"spoilt": True}, [None]),
     "fsdp-spoilt": ({**SHARDED, "spoilt": True}, [None]),
-    "hangs": ({"hangs": True, "rank_timeout": 6.0}, [None]),
+    "asleep": ({"hangs": "asleep"}, [None]),
+    "stopped": ({"hangs": "stopped"}, [None]),
 }
 
 
@@ -45,13 +51,17 @@ def spoil_gradient(trainer):
         )
 
 
-def hang(trainer):
-    """The second rank, in the fourth step, though its process lives."""
+def hang(trainer, how):
+    """The second rank, in the fourth step: asleep, though its process lives, or the whole process stopped."""
     take_step = trainer.train_step
 
     def step():
-        while trainer.world.rank == 1 and trainer.state.step == 3:
-            time.sleep(0.1)
+        if trainer.state.step == 3:
+            trainer.world.link.watch.timeout = 3.0  # what takes long before is no matter on a busy machine
+            while trainer.world.rank == 1:
+                if how == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.1)
         return take_step()
 
     trainer.train_step = step
@@ -62,13 +72,18 @@ def train(config, world, name):
     changes, stops = TRAININGS[name]
     changes = {"run_name": name, **changes}
     execution = AS_ON_A_GPU if changes.pop("fixed", False) else ON_A_CPU
-    prepare = [do for key, do in (("spoilt", spoil_gradient), ("hangs", hang)) if changes.pop(key, False)]
+    if changes.pop("moments", False):
+        folder = Path(config.output_dir)
+        config = dataclasses.replace(saved_config(folder.parent / "moments", folder), batch_size=2, eval_samples=5)
+    hangs, spoilt = changes.pop("hangs", ""), changes.pop("spoilt", False)
     for stop in stops:
         trainer = Trainer(
             dataclasses.replace(config, stop_after_steps=stop, **changes), execution=execution, world=world
         )
-        for do in prepare:
-            do(trainer)
+        if spoilt:
+            spoil_gradient(trainer)
+        if hangs:
+            hang(trainer, hangs)
         try:
             assert trainer.run("command") == 0
         except ValueError as error:
@@ -79,8 +94,7 @@ def train(config, world, name):
 def main():
     path, *names = sys.argv[1:]
     config, _ = load_config(path)
-    timeout = TRAININGS[names[0]][0].get("rank_timeout", 60.0)
-    with World.from_environment().joined(timeout, "cpu") as world:
+    with World.from_environment().joined(60.0, "cpu") as world:
         for name in names:
             said = train(config, world, name)
             Path(config.output_dir, f"{name}.{world.rank}.said").write_text(said)

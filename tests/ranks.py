@@ -1,7 +1,5 @@
 """Ranks of a run as processes of their own, started as torchrun does, which takes seconds more; all are bounded."""
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -62,8 +60,3 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
-
-
-def stop(process):
-    """As if it hung: it neither answers nor ends, not even on SIGTERM."""
-    os.kill(process.pid, signal.SIGSTOP)

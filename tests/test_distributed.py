@@ -26,10 +26,11 @@ from m4.run.directory import only_process
 from m4.run.metrics import read_metrics
 from m4.schedule import Schedule
 from m4.training.trainer import Trainer
-from tests.rank_program import TRAININGS
-from tests.ranks import SECONDS, ended, run_ranks, started, stop, wait_for
+from tests.rank_program import TRAININGS, train
+from tests.ranks import SECONDS, ended, run_ranks, started, wait_for
 from tests.runs import REPOSITORY, environment, write_config
-from tests.training.step_setup import AS_ON_A_GPU, ON_A_CPU, assert_same
+from tests.saved_runs import write_data
+from tests.training.step_setup import assert_same
 
 CPU = torch.device("cpu")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -179,11 +180,11 @@ def trained(tmp_path_factory, token_root):
     path.write_text(path.read_text().replace("batch_size: 4\n", "batch_size: 2\n", 1))
     config, _ = load_config(path)
     config.keep_ckpts = 9
-    for name, execution in (("ddp", ON_A_CPU), ("fixed", AS_ON_A_GPU)):
-        one = dataclasses.replace(config, run_name=name, output_dir=str(folder / "1"))
-        assert Trainer(one, execution=execution).run("command") == 0
+    write_data(folder / "moments", {"train": 5, "eval": 6})
+    alone = dataclasses.replace(config, output_dir=str(folder / "1"))
+    assert [train(alone, World(), name) for name in ("ddp", "fixed", "moments")] == [""] * 3
     names = {2: [*TRAININGS], 4: ["ddp", "fsdp"]}
-    for name in ("hangs", "two-one-four-on", "fsdp-one-four-on"):
+    for name in ("asleep", "stopped", "two-one-four-on", "fsdp-one-four-on"):
         names[2].remove(name)
     for ranks in (2, 4):
         (folder / str(ranks)).mkdir()
@@ -248,6 +249,21 @@ def test_twenty_steps_are_seven_and_thirteen(trained, name):
     whole, pieces = trained / "2" / name, trained / "2" / f"{name}-pieces"
     assert_same(_weights(whole), _weights(pieces), rtol=0, atol=0)
     assert [x["loss"] for x in _lines(whole)] == [x["loss"] for x in _lines(pieces)]
+
+
+@pytest.mark.parametrize("name", ["moments", "fsdp-moments"])
+def test_ranks_predict_the_next_moment(trained, name):
+    """With weights of which each holds but a part, and batches that do not come out even."""
+    for step in (0, 2):
+        one, many = (
+            next(line for line in _lines(trained / folder, "eval") if line["step"] == step)
+            for folder in ("1/moments", f"2/{name}")
+        )
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert many["samples"] == one["samples"] == 5
+        assert many["next"]["frame"]["token_accuracy"] == one["next"]["frame"]["token_accuracy"]
+        for figure in ("nats", "error_px"):
+            assert many["next"]["pose"][figure] == pytest.approx(one["next"]["pose"][figure], rel=1e-5)
 
 
 def test_checkpoints_know_no_ranks(trained):
@@ -323,7 +339,7 @@ def test_a_rank_killed_in_a_run_that_saves(trained, tiny_config):
         (status, said), (killed, _) = ended(processes)
     assert killed == -signal.SIGKILL
     assert status == 2, said
-    assert re.search(rf"^error: rank 1 \([^)]*process {processes[1].pid}\) died: no sign of life for 3 s", said, re.M)
+    assert re.search(rf"^error: rank 1 \([^)]*process {processes[1].pid}\) died: no sign of life for 5 s", said, re.M)
     assert "Traceback" not in said
     assert 7 <= newest_whole(run_dir)[1]["step"] < 20
     _all_end_well(run_ranks(2, *_command(tiny_config, *every_step)))
@@ -333,24 +349,13 @@ def test_a_rank_killed_in_a_run_that_saves(trained, tiny_config):
 @pytest.mark.parametrize("how", ["stopped", "asleep"])
 def test_a_rank_that_hangs_ends_all(tiny_config, how):
     """One whose process is stopped, and one that lives but gets nowhere: named, with the time-out."""
-    run_dir = tiny_config.parent / "runs" / ("tiny" if how == "stopped" else "hangs")
-    command = _command(tiny_config, "rank_timeout=6", *LONG)
-    if how == "asleep":
-        (tiny_config.parent / "runs").mkdir()
-        command = ("tests.rank_program", tiny_config, "hangs")
-    with started(2, *command) as processes:
-        if how == "stopped":
-            wait_for(
-                lambda: (run_dir / "metrics.jsonl").exists() and "train" in (run_dir / "metrics.jsonl").read_text()
-            )
-            stop(processes[1])
-            outcomes = ended(processes[:1])
-        else:
-            outcomes = ended(processes)
+    (tiny_config.parent / "runs").mkdir()
+    with started(2, "tests.rank_program", tiny_config, how) as processes:
+        outcomes = ended(processes[:1] if how == "stopped" else processes)  # what is stopped ends when it is killed
     for rank, (status, said) in enumerate(outcomes):
         assert status == 2, said
         by = "" if rank == 0 else "ended with rank 0: "
-        what = r"(gave no sign of life|made no progress) for 6 s \(rank_timeout\)"
+        what = r"(gave no sign of life|made no progress) for 3 s \(rank_timeout\)"
         assert re.search(rf"^error: rank {rank}: {by}rank 1 \([^)]*process {processes[1].pid}\) {what}", said, re.M), (
             said
         )

@@ -24,6 +24,7 @@ _BEAT = "m4/beat/{}"
 _MOST_SECONDS = 1.0  # between two looks
 _STORE_SECONDS = timedelta(seconds=30)  # for an answer of the store
 _STATUS = 2
+_DEAD_LOOKS = 5  # that a rank misses before it is called dead, once a connection broke
 _NO_STORE = "what keeps the ranks together is gone, torchrun or, without it, rank 0"
 
 
@@ -111,11 +112,13 @@ class Watch:
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
-        self._store, self._rank, self._size, self._timeout = store.clone(), rank, size, timeout
+        self._store, self._rank, self._size = store.clone(), rank, size
+        self.timeout = timeout
         self._every = min(_MOST_SECONDS, timeout / 5)
         self._place = f"{socket.gethostname()}, process {os.getpid()}"
         self._looks = self._progress = self._waits = 0
-        self._waiting = self._closing = False
+        self._waiting = 0  # how deep in `waiting`
+        self._closing = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
 
@@ -138,11 +141,11 @@ class Watch:
     def waiting(self) -> Iterator[None]:
         """Within the block this rank waits for others."""
         self._waits += 1
-        self._waiting = True
+        self._waiting += 1
         try:
             yield
         finally:
-            self._waiting = False
+            self._waiting -= 1
             self._progress += 1
 
     def tell_failure(self, error: BaseException) -> bool:
@@ -167,7 +170,7 @@ class Watch:
         reason = _reason(error)
         try:
             before = self._read_all()
-            end = time.monotonic() + 3 * self._every
+            end = time.monotonic() + _DEAD_LOOKS * self._every
             while time.monotonic() < end:
                 time.sleep(self._every / 4)
                 if self._store.check([_FAILURE]):
@@ -179,7 +182,7 @@ class Watch:
         now = time.monotonic()
         gone = {r: Seen(after[r], now, now) for r in after if r != self._rank and after[r].looks == before[r].looks}
         if gone:
-            return f"{_named(list(gone), gone)} died: no sign of life for {3 * self._every:g} s, and {reason}"
+            return f"{_named(list(gone), gone)} died: no sign of life for {_DEAD_LOOKS * self._every:g} s, and {reason}"
         return f"the exchange between the ranks failed, all of which still answer: {reason}"
 
     def _run(self) -> None:
@@ -196,7 +199,7 @@ class Watch:
 
     def _look(self, seen: dict[int, Seen]) -> None:
         self._looks += 1
-        beat = Beat(self._looks, self._progress, self._waits, self._waiting, self._place)
+        beat = Beat(self._looks, self._progress, self._waits, self._waiting > 0, self._place)
         self._store.set(_BEAT.format(self._rank), beat.encoded())
         if self._store.check([_FAILURE]):
             if self._stopped.wait(2 * self._every):  # the main thread has the same error, or a better one
@@ -207,9 +210,9 @@ class Watch:
             one.update(self._read(rank), now)
         found = None
         if self._rank == 0:
-            found = verdict(seen, now, self._timeout)
-        elif now - seen[0].looked > self._timeout:  # who sees not all of them cannot tell more
-            found = verdict({0: seen[0]}, now, self._timeout)
+            found = verdict(seen, now, self.timeout)
+        elif now - seen[0].looked > self.timeout:  # who sees not all of them cannot tell more
+            found = verdict({0: seen[0]}, now, self.timeout)
         if found is not None and not self._closing:
             self._end(self._told(f"{self._rank} {found}"))
 

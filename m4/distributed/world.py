@@ -107,7 +107,7 @@ class World:
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         except (ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rstrip(".")
             raise RankError(
                 f"rank {self.rank} did not meet all {self.size} ranks within {timeout:g} s (rank_timeout): {reason}; "
                 "start the command with torchrun, on every machine"
