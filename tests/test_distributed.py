@@ -126,18 +126,18 @@ def _step(config, fixed, world, position):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_micro_batches_of_all_ranks_are_those_of_one(config, fixed, ranks):
     """The very same tensors, in the order of the ranks; counts and figures are of the whole step on each."""
-    config.batch_size, config.global_batch_size = 2, 16
+    config.batch_size, config.global_batch_size = 2, 48  # samples are dealt in three groups
     for position in (0, 48):
         whole, batches = _step(config, fixed, World(), position)
         shares = [_step(config, fixed, World(rank, ranks), position) for rank in range(ranks)]
         together = [batch for _, share in shares for batch in share]
-        assert len(together) == len(batches) == 8
+        assert len(together) == len(batches) == 24
         for one, other in zip(batches, together, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one.masked.tensors(), other.masked.tensors(), strict=True))
         for step, share in shares:
             assert torch.equal(step.counts, whole.counts)
             assert np.array_equal(step.targets, whole.targets)
-            assert sum(batch.samples for batch in share) == 16
+            assert sum(batch.samples for batch in share) == 48
             assert sum(b.valid_tokens for b in share) == sum(b.valid_tokens for b in batches)
 
 
