@@ -13,6 +13,7 @@ from m4.config import TrainConfig
 from m4.data.layout import read_meta
 from m4.data.sample_set import make_sample_set
 from m4.data.store import TokenStore, open_store
+from m4.distributed import World
 from m4.errors import ConfigError
 from m4.model import M4, ModelConfig
 from m4kernels import MaskingSpec
@@ -70,8 +71,12 @@ def open_split(config: TrainConfig, root: Path, split: str) -> TokenStore:
     return open_store(root, split, config.modalities, config.vocab_sizes, config.max_seq_lens, cache_dir=cache)
 
 
-def open_stores(config: TrainConfig) -> Stores:
-    """Both splits of a run, where ``data`` says."""
-    root = data_root(config)
-    train, evaluation = (open_split(config, root, name) for name in (config.data.train_split, config.data.eval_split))
-    return Stores(train, evaluation, read_meta(root))
+def open_stores(config: TrainConfig, world: World | None = None) -> Stores:
+    """Both splits of a run, where ``data`` says; the first rank makes what is not there yet, before others open it."""
+
+    def opened() -> Stores:
+        root, data = data_root(config), config.data
+        train, evaluation = (open_split(config, root, name) for name in (data.train_split, data.eval_split))
+        return Stores(train, evaluation, read_meta(root))
+
+    return (world or World()).one_first(opened)

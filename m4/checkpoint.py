@@ -18,14 +18,16 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from torch import nn
 
 import m4kernels
+from m4.checkpoint_files import HasWeights
 from m4.checkpoint_files import content as _content
 from m4.checkpoint_files import digest as _digest
 from m4.checkpoint_files import flush as _flush
 from m4.checkpoint_files import save_state as _save_state
+from m4.checkpoint_files import save_weights as _save_weights
 from m4.compat.nano4m_checkpoint import load_nano4m
 from m4.config import TrainConfig, config_from_dict, config_to_dict
 from m4.errors import CheckpointError
@@ -69,6 +71,8 @@ FREE_KEYS = {
     "kernels",
     "activation_checkpointing",
     "profile",
+    "parallel",
+    "rank_timeout",
     "model.init",
     "stop_after_steps",
     "training_time",
@@ -101,10 +105,11 @@ BATCH_KEYS = {"batch_size", "global_batch_size"}  # compared by their product, t
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is besides its configuration."""
+    """What a run is besides its configuration, and the number of ranks, which may change."""
 
     data_fingerprint: str
     samples_per_step: int
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,12 +126,12 @@ class SavedCheckpoint:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: nn.Module,
+    model: HasWeights,
     state: dict[str, Any],
     config: TrainConfig,
     identity: RunIdentity,
     evaluation_loss: float | None = None,
-    averaged: nn.Module | None = None,
+    averaged: HasWeights | None = None,
 ) -> Path:
     """Write ``checkpoints/step-XXXXXXXX``; keep the newest ``keep_ckpts`` and the ``keep_best`` with the lowest losses.
 
@@ -185,10 +190,6 @@ def save_checkpoint(
         ) from error
     _drop_others(run_dir, final, config)
     return final
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, path)
 
 
 def _drop_others(run_dir: Path, final: Path, config: TrainConfig) -> None:
@@ -286,11 +287,23 @@ def check_same_run(path: Path, meta: dict[str, Any], config: TrainConfig, identi
         more = (
             f" (and {len(differences) - 1} more: {', '.join(d[0] for d in differences[1:])})" if differences[1:] else ""
         )
+        remedy = "set it back"
+        if key == names["samples_per_step"]:
+            remedy = _same_samples(meta["samples_per_step"], config, identity.ranks)
         raise CheckpointError(
             f"{path}: checkpoint of another run: {key} is {before!r} there and {after!r} now{more}; "
-            f"set it back to resume, or start a new run with run_name=NAME"
+            f"{remedy} to resume, or start a new run with run_name=NAME"
         )
     return [f"{key}: {before} in the checkpoint, {after} now" for key, before, after in changes]
+
+
+def _same_samples(samples: int, config: TrainConfig, ranks: int) -> str:
+    """What makes steps of so many samples again."""
+    if samples % ranks:
+        return f"{ranks} ranks cannot share {samples} samples: start a number of ranks that divides them"
+    each = samples // ranks
+    size = max(n for n in range(1, min(config.batch_size, each) + 1) if each % n == 0)
+    return f"with {ranks} rank{'s' if ranks > 1 else ''} set batch_size={size} global_batch_size={samples}"
 
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import torch
+from safetensors.torch import save_file
 
 from m4.errors import CheckpointError
+
+
+class HasWeights(Protocol):
+    """A model, or what stands for one that is divided over ranks."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
 def content(path: Path, expected: dict[str, Any]) -> bytes:
@@ -27,6 +34,11 @@ def digest(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 22):
             found.update(block)
     return {"bytes": path.stat().st_size, "sha256": found.hexdigest()}
+
+
+def save_weights(model: HasWeights, path: Path) -> None:
+    """Weights as safetensors. Raises OSError, or safetensors' own error around one."""
+    save_file({name: t.detach().contiguous() for name, t in model.state_dict().items()}, path)
 
 
 class _NotingFile:

@@ -166,6 +166,8 @@ class TrainConfig:
     kernels: str = ModelConfig.kernels
     activation_checkpointing: bool = ModelConfig.activation_checkpointing
     profile: bool = False  # trace a few steps
+    parallel: str = "ddp"  # with several ranks: ddp, the model on each of them, or fsdp, divided over them
+    rank_timeout: float = 600.0  # seconds without progress after which a rank counts as hung
 
     def __post_init__(self) -> None:
         for key, kind in _schema().items():
@@ -322,7 +324,6 @@ def _check(c: TrainConfig) -> None:
     _build(c.masking_spec)
     _build(lambda: Schedule.of(c, world_size=1))
     _build(lambda: LearningRate.of(c))
-
     require(max(c.vocab_sizes) <= _MOST_IDS, "vocab_sizes", f"values in 1 … {_MOST_IDS} (ids are stored in 16 bits)")
     longest = sum(c.max_seq_lens)
     for side in ("input_tokens_range", "target_tokens_range"):
@@ -331,7 +332,6 @@ def _check(c: TrainConfig) -> None:
         require(highest <= longest, side, f"a highest value of at most {longest}, the sum of max_seq_lens")
         # Segments count the tokens of a batch in 32 bits.
         require(c.batch_size * highest < 2**31, "batch_size", f"at most {(2**31 - 1) // highest} with this {side}")
-
     for key in ("eval_freq", "save_ckpt_freq"):
         require(getattr(c, key) >= ONE_TOKEN, key, f"a value above 0, at least {ONE_TOKEN:g} millions, one token")
     least, most = FLOAT32
@@ -357,6 +357,8 @@ def _check(c: TrainConfig) -> None:
     require(c.dtype in TRAINING_DTYPES, "dtype", " or ".join(TRAINING_DTYPES))
     require(c.data.order in ("feistel", "sorted"), "data.order", "feistel or sorted")
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
+    require(c.parallel in ("ddp", "fsdp"), "parallel", "ddp or fsdp")
+    require(1 <= c.rank_timeout <= 1e6, "rank_timeout", "seconds in 1 … 1e6")
     require(DEVICE_NAME.fullmatch(c.device) is not None, "device", DEVICE_NAMES)
     _check_run_name(c.run_name)
     require(not (c.log.wandb and ":" in c.run_name), "run_name", "a name without : for log.wandb, which takes none")

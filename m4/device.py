@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from m4.distributed import count_from_environment
+from m4.distributed import World, count_from_environment
 from m4.errors import ConfigError
 
 # Of control groups, version 2 and 1.
@@ -110,6 +110,27 @@ def pick_device(name: str, key: str = "device") -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"{key}: {name} cannot be used: {str(error).splitlines()[0]}; use cpu") from error
     return device
+
+
+def device_of_rank(name: str, world: World) -> torch.device:
+    """The device of one of several ranks: the GPU of its number on this machine, or the CPU.
+
+    Raises:
+        ConfigError: ``device`` names one GPU for all of them, or this machine has fewer GPUs than ranks.
+    """
+    if world.size == 1:
+        return pick_device(name)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if ":" in name:
+        raise ConfigError(f"device: {name} is one GPU for {world.size} ranks; set device=cuda, a GPU each")
+    there = torch.cuda.device_count()
+    if world.local_size > there:
+        raise ConfigError(
+            f"device: {name}, but this machine has {there} CUDA devices for {world.local_size} ranks; start "
+            f"{max(there, 1)} (torchrun --nproc-per-node), or set device=cpu"
+        )
+    return pick_device(f"cuda:{world.local_rank}")
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:

@@ -20,3 +20,7 @@ class ConfigError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or resumed: the message says which, why, and what to do."""
+
+
+class RankError(ValueError):
+    """The ranks of a run cannot go on together: the message says which one, and what became of it."""

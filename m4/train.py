@@ -10,6 +10,9 @@ from pathlib import Path
 from m4.arguments import CommandParser
 from m4.cli import python_command, run_command
 from m4.config import load_config
+from m4.device import device_of_rank
+from m4.distributed import World
+from m4.errors import ConfigError
 from m4.run.directory import check_not_moved
 from m4.training.plan import dry_run
 from m4.training.trainer import Trainer
@@ -29,10 +32,27 @@ def main() -> int:
     check_not_moved(arguments.config, config, arguments.overrides)
     for note in notes:
         log.info("%s", note)
+    world = World.from_environment()
     if arguments.dry_run:
+        if world.size > 1:
+            raise ConfigError(
+                f"--dry-run: works in one process, this is one of {world.size} (WORLD_SIZE); give it without torchrun"
+            )
         print(dry_run(config))
         return 0
-    return Trainer(config).run(shlex.join([python_command(), "-m", "m4.train", *sys.argv[1:]]))
+    device = device_of_rank(config.device, world)
+    command = shlex.join([*_launcher(world), "-m", "m4.train", *sys.argv[1:]])
+    with world.joined(config.rank_timeout, device.type) as joined:
+        return Trainer(config, device=device, world=joined).run(command)
+
+
+def _launcher(world: World) -> list[str]:
+    """How this run was started, without what is said of machines that meet."""
+    if world.size == 1:
+        return [python_command()]
+    machines = world.size // world.local_size
+    nodes = [f"--nnodes={machines}"] if machines > 1 else []
+    return ["torchrun", *nodes, f"--nproc-per-node={world.local_size}"]
 
 
 if __name__ == "__main__":

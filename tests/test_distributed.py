@@ -1,9 +1,45 @@
-"""What torchrun says in the environment."""
+"""Many ranks are one process: the same samples, masks and losses; they stop, fail and go on together."""
 
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from m4.batches.order import SampleOrder
+from m4.batches.train import TrainBatches
+from m4.build import data_root, masking_spec, open_split
+from m4.checkpoint import RunIdentity, check_same_run, checkpoint_meta, newest_whole
+from m4.config import load_config
+from m4.device import device_of_rank
 from m4.distributed import World, count_from_environment
-from m4.errors import ConfigError
+from m4.distributed.watch import Beat, Seen, verdict
+from m4.errors import CheckpointError, ConfigError
+from m4.run.directory import only_process
+from m4.run.metrics import read_metrics
+from m4.schedule import Schedule
+from m4.training.trainer import Trainer
+from tests.rank_program import TRAININGS, train
+from tests.ranks import SECONDS, ended, run_ranks, started, wait_for
+from tests.runs import REPOSITORY, environment, write_config
+from tests.saved_runs import write_data
+from tests.training.step_setup import assert_same
+
+CPU = torch.device("cpu")
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("text", ["", " ", "two", "1.0", "-1", "1e3", "٣", "9" * 5000])
@@ -13,12 +49,391 @@ def test_what_is_no_number_of_processes(monkeypatch, text):
         World.from_environment()
 
 
-def test_one_process(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_what_torchrun_says(no_launcher, monkeypatch):
     assert World.from_environment() == World(rank=0, size=1)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert World.from_environment() == World(rank=0, size=1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE: training runs in one process, got 2"):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"RANK: not set, with WORLD_SIZE=4; .* torchrun"):
         World.from_environment()
-    assert count_from_environment("WORLD_SIZE", 1) == 2
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert World.from_environment() == World(3, 4, 1, 2)
+    assert not World.from_environment().leads
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(ConfigError, match="RANK: expected a rank below 4, got 4"):
+        World.from_environment()
+    assert count_from_environment("WORLD_SIZE", 1) == 4
+
+
+def test_alone_nothing_is_exchanged():
+    world = World()
+    with world.joined(1.0, "cpu") as joined, joined.waiting():
+        assert joined is world
+    assert world.largest(7) == 7
+    assert world.gather("a") == ["a"]
+    assert world.first(None) is None
+    assert list(world.told(iter((1, 2)))) == [1, 2]
+    assert world.one_first(lambda: 3) == 3
+    world.must_agree({"seed": 0})
+
+
+def test_a_gpu_for_each_rank(monkeypatch):
+    world = World(1, 2, 1, 2)
+    assert device_of_rank("cpu", world) == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device: cuda:0 is one GPU for 2 ranks"):
+        device_of_rank("cuda:0", world)
+    with pytest.raises(ConfigError, match="has 1 CUDA devices for 2 ranks; start 1"):
+        device_of_rank("auto", world)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("parallel=tp", "parallel: expected ddp or fsdp, got 'tp'"),
+        ("rank_timeout=0", "rank_timeout: expected seconds in 1 … 1e6, got 0"),
+    ],
+)
+def test_keys(tiny_config, override, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(tiny_config, [override])
+
+
+@pytest.mark.parametrize(("key", "value"), [("kernels", "reference"), ("compile", True), ("cuda_graphs", "on")])
+def test_what_does_not_go_with_fsdp(config, key, value):
+    from m4.training.exchange import exchange_of
+
+    config = dataclasses.replace(config, parallel="fsdp", **{key: value})
+    with pytest.raises(ConfigError, match=rf"^{key}: {value} does not go with parallel=fsdp"):
+        exchange_of(config, torch.nn.Linear(1, 1), World(0, 2), CPU)
+
+
+# Shares of a step
+
+
+def _step(config, fixed, world, position):
+    store = open_split(config, data_root(config), "train")
+    schedule = Schedule.of(config, world.size)
+    order, spec = SampleOrder(len(store), config.seed), masking_spec(config)
+    batches = TrainBatches(store, order, spec, config, schedule, CPU, fixed_shapes=fixed, world=world)
+    step = batches.step(position)
+    return step, list(step.micro_batches)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_micro_batches_of_all_ranks_are_those_of_one(config, fixed, ranks):
+    """The very same tensors, in the order of the ranks; counts and figures are of the whole step on each."""
+    config.batch_size, config.global_batch_size = 2, 48  # samples are dealt in three groups
+    for position in (0, 48):
+        whole, batches = _step(config, fixed, World(), position)
+        shares = [_step(config, fixed, World(rank, ranks), position) for rank in range(ranks)]
+        together = [batch for _, share in shares for batch in share]
+        assert len(together) == len(batches) == 24
+        for one, other in zip(batches, together, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one.masked.tensors(), other.masked.tensors(), strict=True))
+        for step, share in shares:
+            assert torch.equal(step.counts, whole.counts)
+            assert np.array_equal(step.targets, whole.targets)
+            assert sum(batch.samples for batch in share) == 48
+            assert sum(b.valid_tokens for b in share) == sum(b.valid_tokens for b in batches)
+
+
+def test_another_number_of_ranks_keeps_the_samples_of_a_step(saved_config_and_meta):
+    config, path, meta = saved_config_and_meta
+
+    def check(ranks, **changes):
+        now = dataclasses.replace(config, **changes)
+        samples = Schedule.of(now, ranks).samples_per_step
+        return check_same_run(path, meta, now, RunIdentity(meta["data_fingerprint"], samples, ranks))
+
+    assert check(1) == check(2) == check(4, batch_size=2) == []
+    with pytest.raises(
+        CheckpointError, match=r"samples a step .* is 8 there and 16 now; with 4 ranks set batch_size=2"
+    ):
+        check(4)
+    with pytest.raises(CheckpointError, match=r"3 ranks cannot share 8 samples: start a number of ranks that divides"):
+        check(3)
+    assert check(4, batch_size=2, global_batch_size=8) == []  # what the message says
+
+
+@pytest.fixture
+def saved_config_and_meta(tiny_config):
+    config, _ = load_config(tiny_config, ["stop_after_steps=1"])
+    assert Trainer(config).run("command") == 0
+    path, _ = newest_whole(config.run_dir)
+    meta = checkpoint_meta(path)
+    assert meta["ranks"] == 1
+    return config, path, meta
+
+
+# Ranks that train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, token_root):
+    """Runs of 20 steps of 8 samples, two a micro-batch, by 1, 2 and 4 ranks; 2 → 1 → 4 ranks in one run too."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = write_config(folder / "tiny.yaml", token_root)
+    path.write_text(path.read_text().replace("batch_size: 4\n", "batch_size: 2\n", 1))
+    config, _ = load_config(path)
+    config.keep_ckpts = 9
+    write_data(folder / "moments", {"train": 5, "eval": 6})
+    alone = dataclasses.replace(config, output_dir=str(folder / "1"))
+    assert [train(alone, World(), name) for name in ("ddp", "fixed", "moments")] == [""] * 3
+    names = {2: [*TRAININGS], 4: ["ddp", "fsdp"]}
+    for name in ("asleep", "stopped", "two-one-four-on", "fsdp-one-four-on"):
+        names[2].remove(name)
+    for ranks in (2, 4):
+        (folder / str(ranks)).mkdir()
+        here = folder / str(ranks) / "tiny.yaml"
+        here.write_text(
+            path.read_text().replace(f"output_dir: {folder / 'runs'}", f"output_dir: {folder / str(ranks)}")
+        )
+        _all_end_well(run_ranks(ranks, "tests.rank_program", here, *names[ranks]))
+        if ranks == 2:
+            for name in ("two-one-four", "fsdp-one-four"):  # … goes on alone to step 13
+                alone = dataclasses.replace(config, run_name=name, output_dir=str(folder / "2"), stop_after_steps=13)
+                assert Trainer(alone).run("command") == 0
+            _all_end_well(run_ranks(4, "tests.rank_program", here, "two-one-four-on", "fsdp-one-four-on"))
+    return folder
+
+
+def _all_end_well(outcomes):
+    for status, said in outcomes:
+        assert status == 0, said
+    assert all(said == "" for _, said in outcomes[1:]), "one rank speaks"
+
+
+def _lines(run_dir, kind="train"):
+    return [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == kind]
+
+
+def _weights(run_dir):
+    path, meta = newest_whole(run_dir)
+    assert meta["step"] == 20
+    return load_file(path / "model.safetensors")
+
+
+def _optimizer(run_dir):
+    return torch.load(newest_whole(run_dir)[0] / "state.pt", weights_only=True)["optimizer"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fixed", "fsdp-fixed", "two-one-four", "fsdp-one-four"])
+def test_ranks_are_one_process(trained, ranks, name):
+    """Losses within 1e-6 over 20 steps, norms within 2e-5; "two-one-four" by 2, 1, 4 ranks."""
+    if ranks == 4 and name not in ("ddp", "fsdp"):
+        pytest.skip("trained by 2 ranks, and 2, 1 and 4")
+    one = trained / "1" / ("fixed" if "fixed" in name else "ddp")
+    many = trained / str(ranks) / name
+    for kind in ("train", "eval"):
+        expected, found = _lines(one, kind), _lines(many, kind)
+        assert [line["step"] for line in found] == [line["step"] for line in expected]
+        for a, b in zip(expected, found, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+            losses = [[loss or 0.0 for loss in line["per_modality"].values()] for line in (a, b)]
+            assert losses[1] == pytest.approx(losses[0], rel=4e-6)
+            assert b["tokens"] == a["tokens"]
+            if kind == "train":
+                assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-5)
+                assert (b["samples"], b["lr"]) == (a["samples"], a["lr"])
+    assert_same(_weights(one), _weights(many), rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fixed", "fsdp"])
+def test_twenty_steps_are_seven_and_thirteen(trained, name):
+    """On two ranks, to the bit."""
+    whole, pieces = trained / "2" / name, trained / "2" / f"{name}-pieces"
+    assert_same(_weights(whole), _weights(pieces), rtol=0, atol=0)
+    assert [x["loss"] for x in _lines(whole)] == [x["loss"] for x in _lines(pieces)]
+
+
+@pytest.mark.parametrize("name", ["moments", "fsdp-moments"])
+def test_ranks_predict_the_next_moment(trained, name):
+    """With weights of which each holds but a part, and batches that do not come out even."""
+    for step in (0, 2):
+        one, many = (
+            next(line for line in _lines(trained / folder, "eval") if line["step"] == step)
+            for folder in ("1/moments", f"2/{name}")
+        )
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert many["samples"] == one["samples"] == 5
+        assert many["next"]["frame"]["token_accuracy"] == one["next"]["frame"]["token_accuracy"]
+        for figure in ("nats", "error_px"):
+            assert many["next"]["pose"][figure] == pytest.approx(one["next"]["pose"][figure], rel=1e-5)
+
+
+def test_checkpoints_know_no_ranks(trained):
+    """Names, shapes and types of weights and of the optimiser's state are those of one process."""
+    one = trained / "1" / "ddp"
+    for many in ("2/ddp", "2/fsdp", "4/fsdp"):
+        assert {n: t.shape for n, t in _weights(one).items()} == {
+            n: t.shape for n, t in _weights(trained / many).items()
+        }
+        expected, found = _optimizer(one), _optimizer(trained / many)
+        assert found["param_groups"] == expected["param_groups"]
+        assert found["state"].keys() == expected["state"].keys()
+        for number, moments in expected["state"].items():
+            for kind, moment in moments.items():
+                other = found["state"][number][kind]
+                assert type(other) is torch.Tensor
+                torch.testing.assert_close(other, moment, rtol=2e-3, atol=1e-6)
+        assert checkpoint_meta(newest_whole(trained / many)[0])["ranks"] == int(many[0])
+
+
+def test_all_ranks_find_a_run_that_diverged(trained):
+    """Also where one of them alone has the samples that make it diverge: the others say the same of the same step."""
+    for name, said in (("diverges", r"step \d+: "), ("spoilt", r"step 5: "), ("fsdp-spoilt", r"step 5: ")):
+        texts = [(trained / "2" / f"{name}.{rank}.said").read_text() for rank in range(2)]
+        assert texts[0] == texts[1]
+        assert re.match(said, texts[0]), texts[0]
+        summary = json.loads((trained / "2" / name / "summary.json").read_text())
+        assert not summary["finished"]
+
+
+# Ranks that stop, die and hang, through the command
+
+
+def _command(config, *overrides):
+    return ("m4.train", "--config", config, *overrides)
+
+
+LONG = ("total_tokens=80", "eval_freq=100", "save_ckpt_freq=100")  # 10,000 steps
+
+
+def _newest_step(run_dir):
+    return max((int(path.name[-8:]) for path in (run_dir / "checkpoints").glob("step-*")), default=-1)
+
+
+def test_torchrun(tiny_config):
+    """The launcher itself: rank 0 speaks, and what is trained is what one process trains."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    clean = {name: value for name, value in environment().items() if name not in LAUNCHED}
+    done = subprocess.run(
+        [*launcher, "-m", *map(str, _command(tiny_config))],
+        cwd=REPOSITORY,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("4 samples x 1 accumulated x 2 ranks = 8 samples a step") == 1
+    config, _ = load_config(tiny_config)
+    alone = dataclasses.replace(config, run_name="alone")
+    assert Trainer(alone).run("command") == 0
+    losses = [[line["loss"] for line in _lines(c.run_dir)] for c in (config, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_rank_killed_in_a_run_that_saves(trained, tiny_config):
+    """The other ends by itself and says which died; restarted, two ranks end with the bits of two undisturbed ones."""
+    every_step = ("batch_size=2", "save_ckpt_freq=0.008", "keep_ckpts=30", "eval_freq=0.04")
+    run_dir = tiny_config.parent / "runs" / "tiny"
+    with started(2, *_command(tiny_config, *every_step)) as processes:
+        wait_for(lambda: _newest_step(run_dir) >= 7)
+        processes[1].send_signal(signal.SIGKILL)
+        (status, said), (killed, _) = ended(processes)
+    assert killed == -signal.SIGKILL
+    assert status == 2, said
+    assert re.search(rf"^error: rank 1 \([^)]*process {processes[1].pid}\) died: no sign of life for 5 s", said, re.M)
+    assert "Traceback" not in said
+    assert 7 <= newest_whole(run_dir)[1]["step"] < 20
+    _all_end_well(run_ranks(2, *_command(tiny_config, *every_step)))
+    assert_same(_weights(trained / "2" / "ddp"), _weights(run_dir), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["stopped", "asleep"])
+def test_a_rank_that_hangs_ends_all(tiny_config, how):
+    """One whose process is stopped, and one that lives but gets nowhere: named, with the time-out."""
+    (tiny_config.parent / "runs").mkdir()
+    with started(2, "tests.rank_program", tiny_config, how) as processes:
+        outcomes = ended(processes[:1] if how == "stopped" else processes)  # what is stopped ends when it is killed
+    for rank, (status, said) in enumerate(outcomes):
+        assert status == 2, said
+        by = "" if rank == 0 else "ended with rank 0: "
+        what = r"(gave no sign of life|made no progress) for 3 s \(rank_timeout\)"
+        assert re.search(rf"^error: rank {rank}: {by}rank 1 \([^)]*process {processes[1].pid}\) {what}", said, re.M), (
+            said
+        )
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny_config):
+    run_dir = tiny_config.parent / "runs" / "tiny"
+    with started(2, *_command(tiny_config, *LONG)) as processes:
+        wait_for(lambda: (run_dir / "metrics.jsonl").exists() and "train" in (run_dir / "metrics.jsonl").read_text())
+        processes[1].send_signal(signal.SIGTERM)
+        outcomes = ended(processes)
+    assert [status for status, _ in outcomes] == [143, 143], outcomes
+    said = outcomes[0][1]
+    step = int(re.search(r"stopping on SIGTERM after step (\d+)", said)[1])
+    assert "torchrun --nproc-per-node=2 -m m4.train" in said
+    assert newest_whole(run_dir)[1]["step"] == step
+    assert _lines(run_dir)[-1]["step"] == step
+
+
+def test_what_one_rank_cannot_do_ends_all(tiny_config):
+    """The first says why; what all have to say is said once."""
+    config, _ = load_config(tiny_config)
+    with only_process(config.run_dir):
+        (status, first), (other, second) = run_ranks(2, *_command(tiny_config))
+    assert (status, other) == (2, 2)
+    assert first.splitlines()[-1].startswith("error: ")
+    assert "another process is training there" in first
+    assert re.match(r"error: rank 1: ended with rank 0: .*another process is training there", second.splitlines()[-1])
+
+
+def test_ranks_that_never_meet(tiny_config):
+    environment_of_one = {**environment(), "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, _command(tiny_config, "rank_timeout=1"))],
+        cwd=REPOSITORY,
+        env={**environment_of_one, "MASTER_PORT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^error: rank 0 did not meet all 2 ranks within 1 s \(rank_timeout\)", done.stderr, re.M)
+    assert not os.path.exists(tiny_config.parent / "runs")
+
+
+# What tells a rank that hangs from those that wait for it
+
+
+def _seen(**ranks):
+    """Ranks as (looked, moved, waits, waiting): seconds ago."""
+    return {
+        int(name[1:]): Seen(Beat(5, 5, waits, waiting, f"host, process {name[1:]}"), -looked, -moved)
+        for name, (looked, moved, waits, waiting) in ranks.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ({"r0": (1, 1, 9, False), "r1": (1, 1, 9, True)}, None),
+        ({"r0": (1, 99, 9, True), "r1": (1, 1, 9, False)}, None),  # rank 1 evaluates, and gets on
+        ({"r0": (1, 99, 9, False), "r1": (1, 99, 9, False)}, None),  # both read a large file: nobody waits
+        (
+            {"r0": (1, 99, 9, True), "r1": (99, 99, 9, True)},
+            r"^rank 1 \(host, process 1\) gave no sign of life for 10 s",
+        ),
+        (
+            {"r0": (1, 99, 9, True), "r1": (1, 99, 9, False)},
+            r"^rank 1 \(.*\) made no progress for 10 s \(rank_timeout\)",
+        ),
+        ({"r0": (1, 99, 9, True), "r1": (1, 99, 8, True), "r2": (1, 99, 9, True)}, r"^rank 1 \(.*\) fell behind"),
+        ({"r0": (1, 99, 9, True), "r1": (1, 99, 9, True)}, r"^all ranks waited for each other for 10 s"),
+        (
+            {"r0": (1, 1, 0, True), "r1": (99, 99, 0, False), "r2": (99, 9, 0, True)},
+            r"^ranks 1 \(.*\), 2 \(.*\) gave no",
+        ),
+    ],
+)
+def test_which_rank_is_lost(ranks, said):
+    found = verdict(_seen(**ranks), now=0.0, timeout=10.0)
+    assert (found is None) if said is None else re.search(said, found), found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
 from m4.device import autocast
+from m4.distributed import World
 from m4.evaluation.unigram import Unigram, count_tokens, unigram_baseline
 from m4.model import M4
 from m4kernels import MaskedBatch
@@ -37,23 +39,31 @@ def evaluate(
     config: TrainConfig,
     device: torch.device,
     after_batch: Callable[[], None] = lambda: None,
+    world: World | None = None,
 ) -> Evaluation:
     """Mean cross-entropy over all targets of each modality (not a mean of batch means).
 
     Args:
+        batches: the same on every rank.
         after_batch: called after each batch; lets a stop signal through.
+        world: ranks that share the batches; all of them get the result, with the bits of one process.
     """
+    world = world or World()
     modalities = config.modalities
     ones = torch.ones(len(modalities), dtype=torch.int64, device=device)
     sums = torch.zeros(len(modalities), dtype=torch.float64)
     counts = torch.zeros(len(modalities), dtype=torch.int64)
     samples = 0
-    for batch in batches:
+    for turn in _turns(batches, world.size):
+        batch = turn[min(world.rank, len(turn) - 1)]  # a rank without one of its own does the last again, for nothing
         with autocast(config.dtype, device):
             losses = model(batch, target_counts=ones)  # denominators of one: sums instead of means
-        sums += losses.per_modality.double().cpu()
-        counts += batch.decoder.segments.counts.sum(0).cpu()
-        samples += len(batch.decoder.segments.counts)
+        segments = batch.decoder.segments
+        found = (losses.per_modality.double().cpu(), segments.counts.sum(0).cpu(), segments.batch_size)
+        for its_sums, its_counts, its_samples in world.gather(found)[: len(turn)]:
+            sums += its_sums
+            counts += its_counts
+            samples += its_samples
         after_batch()
     means = [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist(), strict=True)]
     return Evaluation(
@@ -62,6 +72,13 @@ def evaluate(
         targets=dict(zip(modalities, counts.tolist(), strict=True)),
         samples=samples,
     )
+
+
+def _turns(batches: Iterable[MaskedBatch], size: int) -> Iterator[list[MaskedBatch]]:
+    """The batches by so many at a time; the last time perhaps fewer."""
+    left = iter(batches)
+    while turn := list(itertools.islice(left, size)):
+        yield turn
 
 
 def unigram_baselines(train: TokenStore, config: TrainConfig, batches: Iterable[MaskedBatch]) -> dict[str, Unigram]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from m4.distributed.shards import like, local_part
 from m4.errors import CheckpointError
 
 
@@ -36,7 +37,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_matching(weights: dict[str, torch.Tensor], model: nn.Module, source: str) -> None:
-    """Load by name; one error lists every missing, unexpected and wrong-shaped key."""
+    """Load by name; one error lists every missing, unexpected and wrong-shaped key. Of a model that is divided over
+    ranks, each loads its part."""
     expected = model.state_dict()
     faults = [f"missing {name} {tuple(tensor.shape)}" for name, tensor in expected.items() if name not in weights]
     for name, tensor in weights.items():
@@ -46,14 +48,15 @@ def load_matching(weights: dict[str, torch.Tensor], model: nn.Module, source: st
             faults.append(f"{name}: expected shape {tuple(expected[name].shape)}, got {tuple(tensor.shape)}")
     if faults:
         raise CheckpointError(f"{source}: does not fit the model: {'; '.join(faults)}")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: like(tensor, expected[name]) for name, tensor in weights.items()})
 
 
 def first_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor that holds an infinity or NaN, or None; a GPU is asked once for all (of one device)."""
+    """Name of the first tensor that holds an infinity or NaN, or None; a GPU is asked once for all (of one device). Of
+    divided tensors this rank's part is meant."""
     names, finite = [], []
     for name, tensor in named:
         names.append(name)
-        finite.append(torch.isfinite(tensor).all())
+        finite.append(torch.isfinite(local_part(tensor)).all())
     answers = torch.stack(finite).tolist() if finite else []
     return next((name for name, answer in zip(names, answers, strict=True) if not answer), None)

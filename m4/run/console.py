@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from m4.config import TrainConfig, format_duration
 from m4.device import peak_memory
+from m4.distributed import speaks
 from m4.run.state import LoopState
 from m4.schedule import Schedule
 
@@ -48,7 +49,7 @@ class ProgressDisplay:
             total=total,
             initial=done,
             file=sys.stderr,
-            disable=None,  # draws on terminals only
+            disable=None if speaks() else True,  # draws on terminals only, of several ranks the first
             dynamic_ncols=True,
             leave=keep,
             bar_format="{percentage:3.0f}%|{bar:12}|{postfix}",
@@ -212,12 +213,15 @@ class TrainingProgress:
         return duration_text((self._schedule.samples - self._state.position - within) / speed)
 
 
-def announce(config: TrainConfig, schedule: Schedule, device: torch.device, *, parameters: int, samples: tuple) -> None:
+def announce(
+    config: TrainConfig, schedule: Schedule, device: torch.device, *, parameters: int, samples: tuple, ranks: int = 1
+) -> None:
     """Say what will run.
 
     Args:
         parameters: of the model.
         samples: (training, evaluation) samples at hand.
+        ranks: that train together.
     """
     log.info(
         "%s: %s parameters on %s, %s, kernels %s",
@@ -228,10 +232,13 @@ def announce(config: TrainConfig, schedule: Schedule, device: torch.device, *, p
         config.kernels,
     )
     log.info("data: %s training and %s evaluation samples", *(f"{number:,}" for number in samples))
+    if ranks > 1:
+        log.info("%d ranks, %s, %s each", ranks, config.parallel, "a GPU" if device.type == "cuda" else "a process")
     log.info(
-        "batch: %d samples x %d accumulated = %d samples a step (global_batch_size %d)",
+        "batch: %d samples x %d accumulated%s = %d samples a step (global_batch_size %d)",
         config.batch_size,
         schedule.accumulation,
+        f" x {ranks} ranks" if ranks > 1 else "",
         schedule.samples_per_step,
         config.global_batch_size,
     )

@@ -8,8 +8,9 @@ import logging
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from m4.config import RESUME_WORDS, TrainConfig, format_duration
 from m4.device import peak_memory
+from m4.distributed import World
 from m4.errors import ConfigError
 from m4.files import writable_folder, write_atomically
 from m4.run.console import duration_text
@@ -25,7 +27,8 @@ from m4.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
-SUMMARY_FILE = "summary.json"
+SUMMARY_FILE, LOCK_FILE = "summary.json", ".lock"
+_SEEN_SECONDS = 20.0  # until what one machine writes is seen on another
 
 
 def resolve_paths(config: TrainConfig) -> TrainConfig:
@@ -82,7 +85,7 @@ def only_process(run_dir: Path) -> Iterator[None]:
     """Hold the run directory; two trainers in one would overwrite each other's checkpoints."""
     writable_folder(run_dir)
     writable_folder(run_dir / "checkpoints")
-    path = run_dir / ".lock"
+    path = run_dir / LOCK_FILE
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,6 +96,22 @@ def only_process(run_dir: Path) -> Iterator[None]:
                 f"{path}: this file system cannot lock files ({error.strerror}), which keeps two processes from "
                 "training in one folder; set output_dir to a folder on another"
             ) from error
+        yield
+
+
+@contextmanager
+def only_run(run_dir: Path, world: World) -> Iterator[None]:
+    """`only_process` for all ranks of a run: the first one holds the directory, the others must see it."""
+    with only_process(run_dir) if world.leads else nullcontext():
+        world.largest(0)
+        end = time.monotonic() + _SEEN_SECONDS
+        while not (run_dir / LOCK_FILE).exists():
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"output_dir: rank {world.rank} does not see {run_dir}, which rank 0 has made; set a folder on "
+                    "a file system that all machines share"
+                )
+            time.sleep(0.1)
         yield
 
 

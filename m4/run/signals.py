@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: stop at once where nothing can break, and wait where it could."""
+"""Ctrl-C, SIGTERM and SIGUSR1: stop at once where nothing can break, and wait where it could; of ranks all or none."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from m4.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +35,12 @@ class StopSignals:
     Later ones are ignored, for they must not break into the saving that the first one caused; but a second Ctrl-C
     leaves at once, even out of a long call of C code: a checkpoint that is being written is a temporary until it is
     whole, and no other file is touched.
+
+    With several ranks, who would wait for one that stops at once, they raise in `check_together` only, on all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
+        self._world = world or World()
         self.received: int | None = None
         self._deferring = 0
         self._previous: dict[int, Any] = {}
@@ -65,8 +70,16 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise if a signal came; also one whose exception was lost in a callback of C code."""
-        if self.received is not None:
+        self._world.beat()
+        if self.received is not None and self._world.size == 1:
             raise Interrupted(self.received)
+
+    def check_together(self) -> None:
+        """Raise if a signal came to any of the ranks; all of them call it after the same step."""
+        self._world.beat()
+        received = self._world.largest(self.received or 0)
+        if received:
+            raise Interrupted(received)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -80,7 +93,7 @@ class StopSignals:
     def _handle(self, signum: int, _: FrameType | None) -> None:
         first = self.received is None
         self.received = signum if first else self.received
-        if first and not self._deferring:
+        if first and not self._deferring and self._world.size == 1:
             raise Interrupted(signum)
 
     def _watch(self) -> None:
@@ -92,7 +105,7 @@ class StopSignals:
                     continue
                 if first is None:
                     first = now
-                    if self._deferring:
+                    if self._deferring or self._world.size > 1:
                         name = signal.Signals(signum).name
                         log.info("%s: finishing the step, then saving; Ctrl-C (again) leaves at once", name)
                 elif signum == signal.SIGINT and now - first > _ONE_KEYPRESS_SECONDS:

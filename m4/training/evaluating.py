@@ -12,11 +12,13 @@ import torch
 from m4.batches.masked import fixed_batches
 from m4.build import Stores
 from m4.config import TrainConfig
+from m4.distributed import World
 from m4.evaluation.losses import Evaluation, evaluate
 from m4.evaluation.next_moment import next_moment_of
 from m4.evaluation.table import next_line
 from m4.model import M4
 from m4.run.console import show_progress
+from m4.training.exchange import Exchange
 from m4kernels import MaskingSpec
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ class RunEvaluator:
 
     Args:
         after_batch: called after each batch; lets a stop signal through.
+        world: ranks that share the batches; all of them get the figures.
+        exchange: between them.
     """
 
     def __init__(
@@ -36,10 +40,12 @@ class RunEvaluator:
         spec: MaskingSpec,
         device: torch.device,
         after_batch: Callable[[], None],
+        world: World,
+        exchange: Exchange,
     ) -> None:
         self._config, self._store, self._spec, self._device = config, stores.evaluation, spec, device
         self._next_moment = next_moment_of(config, stores.meta, stores.evaluation)
-        self._after_batch = after_batch
+        self._after_batch, self._world, self._exchange = after_batch, world, exchange
 
     def evaluate(self, model: M4, averaged: M4 | None = None) -> tuple[dict[str, Any], list[str]]:
         """The figures of a line of kind eval in metrics.jsonl, and lines that say them.
@@ -48,15 +54,16 @@ class RunEvaluator:
             averaged: the same with averaged weights, whose losses are ``ema``.
         """
         model.eval()
-        result = self._losses(model, "evaluating")
-        figures, lines = asdict(result), [str(result)]
-        if self._next_moment is not None:
-            samples = min(len(self._store), self._config.eval_generate_samples)
-            prediction = self._next_moment.predict(
-                model, self._store, samples, self._device, after_batch=self._after_batch
-            )
-            figures["next"] = self._next_moment.figures(prediction)
-            lines.append(next_line(figures["next"]))
+        with self._exchange.evaluating():
+            result = self._losses(model, "evaluating")
+            figures, lines = asdict(result), [str(result)]
+            if self._next_moment is not None:
+                samples = min(len(self._store), self._config.eval_generate_samples)
+                prediction = self._next_moment.predict(
+                    model, self._store, samples, self._device, after_batch=self._after_batch
+                )
+                figures["next"] = self._next_moment.figures(prediction)
+                lines.append(next_line(figures["next"]))
         model.train()
         if averaged is not None:
             result = self._losses(averaged, "evaluating averaged weights")
@@ -78,4 +85,4 @@ class RunEvaluator:
             device=self._device,
         )
         shown = show_progress(batches, what, samples, size=lambda batch: batch.decoder.segments.batch_size)
-        return evaluate(model, shown, config, self._device, after_batch=self._after_batch)
+        return evaluate(model, shown, config, self._device, after_batch=self._after_batch, world=self._world)

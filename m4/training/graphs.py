@@ -22,10 +22,15 @@ class Recorder(Protocol):
 
 class CudaGraphs:
     """CUDA graphs on one stream and in one memory pool. They are replayed one at a time and share no tensor but those
-    that outlive them, so the memory of one may serve the others."""
+    that outlive them, so the memory of one may serve the others.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        beside_others: whether threads of NCCL ask the device for events meanwhile, which must not end a recording.
+    """
+
+    def __init__(self, device: torch.device, *, beside_others: bool = False) -> None:
         self._device = device
+        self._mode = "thread_local" if beside_others else "global"
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -38,6 +43,6 @@ class CudaGraphs:
 
     def record(self, function: Function) -> Function:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._mode):
             function()
         return graph.replay

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from m4.config import TrainConfig
+from m4.distributed.shards import like
 from m4.errors import ConfigError
 
 BETAS = (0.9, 0.95)
@@ -116,8 +117,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Moments and step counts of a checkpoint; the groups' settings stay those of this run and device."""
+    """Moments and step counts of a checkpoint; the groups' settings stay those of this run and device.
+
+    Of parameters that are divided over ranks, each takes its part.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {
+            kind: like(value, parameters[number]) if getattr(value, "ndim", 0) else value
+            for kind, value in of_one.items()
+        }
+        for number, of_one in saved["state"].items()
+    }
     kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict({**saved, "state": state})
     for group, settings in zip(optimizer.param_groups, kept, strict=True):
         group.update(settings)

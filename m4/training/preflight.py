@@ -19,6 +19,7 @@ from m4.errors import ConfigError
 from m4.modalities import RowLayout
 from m4.model import M4
 from m4.schedule import Schedule
+from m4.training.exchange import Exchange
 from m4.training.finite import gradient_that_is_not_finite, loss_that_is_not_finite
 from m4kernels import MaskingSpec
 
@@ -46,6 +47,7 @@ class Probe:
         model: it runs as it is, not compiled.
         order: which rows of the store are trained on, by position.
         mirror: as in `m4.batches.train.TrainBatches`.
+        exchange: between the ranks, all of which run the same samples.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Probe:
         config: TrainConfig,
         device: torch.device,
         mirror: Mirror | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
+        self._exchange = exchange or Exchange()
         self._model, self._store, self._order, self._mirror = model, store, order, mirror
         self._spec, self._config, self._device = spec, config, device
 
@@ -100,11 +104,11 @@ class Probe:
             device=self._device,
             mirror=self._mirror,
         )
-        with autocast(self._config.dtype, self._device):
-            losses = self._model(batch)
         named = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        # Not into `.grad`, which belongs to the step: graphs know it by its address.
-        gradients = torch.autograd.grad(losses.total, list(named.values()), allow_unused=True)
+        with self._exchange.backward(last=True):
+            with autocast(self._config.dtype, self._device):
+                losses = self._model(batch)
+            gradients = self._exchange.gradients(losses.total, list(named.values()))
         held = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
         return losses.per_modality.detach(), held
 

@@ -22,13 +22,14 @@ class StepProfiler:
     """Traces three steps of this process after three others: call `step` after each, `close` after the last.
 
     Writes ``profile-trace.json`` (for chrome://tracing or ui.perfetto.dev) and ``profile-ops.txt``, the ten operations
-    with the most time of their own, into the run directory. Does nothing unless ``profile`` is true.
+    with the most time of their own, into the run directory. Does nothing unless ``profile`` is true, and on a rank
+    that does not lead.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, *, leads: bool = True) -> None:
         self._config, self._device = config, device
-        self._before = STEPS_BEFORE if config.profile else 0
-        self._left = STEPS if config.profile else 0
+        self._before = STEPS_BEFORE if config.profile and leads else 0
+        self._left = STEPS if config.profile and leads else 0
         self._profiler: profile | None = None
 
     def step(self) -> None:

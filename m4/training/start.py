@@ -8,6 +8,7 @@ from pathlib import Path
 
 from m4.checkpoint import META_FILE, SavedCheckpoint, load_nano4m, read_checkpoint, read_checkpoints, step_folders
 from m4.config import TrainConfig
+from m4.distributed import World
 from m4.errors import CheckpointError, ConfigError
 from m4.model import M4
 from m4.model.weights import load_matching
@@ -52,6 +53,23 @@ def starting_points(config: TrainConfig) -> Iterator[SavedCheckpoint]:
     raise ConfigError(f"resume: {saved.path}: the run had diverged there; name an earlier checkpoint")
 
 
+def starting_points_of(config: TrainConfig, world: World) -> Iterator[SavedCheckpoint]:
+    """`starting_points` as the first rank finds them; each of the others reads the same files.
+
+    Raises:
+        CheckpointError: this rank reads another content, or none.
+    """
+    found: list[SavedCheckpoint] = []
+
+    def paths() -> Iterator[Path]:
+        for saved in starting_points(config):
+            found[:] = [saved]
+            yield saved.path
+
+    for path in world.told(paths()):
+        yield found.pop() if world.leads else read_checkpoint(path)
+
+
 def load_initial_weights(model: M4, config: TrainConfig) -> None:
     """Give a model the weights of ``init_from`` (a run, a checkpoint, or a file of nano4M's), if there is any.
 
@@ -63,7 +81,7 @@ def load_initial_weights(model: M4, config: TrainConfig) -> None:
     source = Path(config.init_from)
     try:
         if source.is_file():
-            model.load_state_dict(load_nano4m(source, model.config).state_dict())
+            load_matching(load_nano4m(source, model.config).state_dict(), model, str(source))
         else:
             saved = _named(source, "init_from")
             source = saved.path

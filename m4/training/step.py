@@ -9,7 +9,6 @@ host wants to know is kept on the device until `read`. A loss or gradient that i
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from m4.device import autocast
 from m4.errors import ConfigError
 from m4.model import M4, Losses
 from m4.training.ema import AveragedWeights
+from m4.training.exchange import Exchange
 from m4.training.graphs import Function, Recorder
 from m4.training.guard import Guard, NotFinite
 from m4.training.optimizer import set_learning_rate
@@ -43,8 +43,9 @@ class Execution:
     graphs: bool
 
     @classmethod
-    def of(cls, config: TrainConfig, device: torch.device) -> Execution:
-        """Asynchronous on a GPU; graphs as ``cuda_graphs`` says: auto is on for the kernels, off for the references."""
+    def of(cls, config: TrainConfig, device: torch.device, ranks: int = 1) -> Execution:
+        """Asynchronous on a GPU; graphs as ``cuda_graphs`` says: auto is on for the kernels, off for the references and
+        where a step exchanges parts of the model all along."""
         on_gpu = device.type == "cuda"
         if config.cuda_graphs == "on" and not on_gpu:
             raise ConfigError(f"cuda_graphs: on needs a GPU, the device is {device}; use cuda_graphs=auto")
@@ -58,6 +59,7 @@ class Execution:
             log.info("optimizer: muon runs the step eagerly, not as CUDA graphs: torch's Muon has no capturable form")
             return cls(asynchronous=True, graphs=False)
         wanted = config.cuda_graphs == "on" or (config.cuda_graphs == "auto" and config.kernels == "auto")
+        wanted = wanted and (ranks == 1 or config.parallel == "ddp")
         return cls(asynchronous=on_gpu, graphs=on_gpu and wanted)
 
 
@@ -107,6 +109,8 @@ class TrainStep:
         capacity: (inputs, targets) of the usual micro-batch, if there is one. A larger one runs uncompiled: compiling
             takes longer than the few steps that need it.
         averaged: of the model's weights, to be kept up to date.
+        exchange: between the ranks of the run.
+        micro_batches: of a step and rank.
     """
 
     def __init__(
@@ -119,14 +123,17 @@ class TrainStep:
         execution: Execution,
         capacity: tuple[int, int] | None = None,
         averaged: AveragedWeights | None = None,
+        exchange: Exchange | None = None,
+        micro_batches: int = 1,
     ) -> None:
         self._capacity, self._averaged = capacity, averaged
+        self._exchange, self._micro_batches = exchange or Exchange(), micro_batches
         self._model, self._forward, self._optimizer = model, forward, optimizer
         self._config, self._device, self._execution = config, device, execution
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         modalities = len(config.modalities)
         self._counts = torch.ones(modalities, dtype=torch.int64, device=device)
-        self._losses = torch.zeros(modalities, device=device)
+        self._losses = torch.zeros(modalities, device=device)  # of this step so far; of this rank until `update`
         self._norm = torch.zeros((), device=device)
         # Scales the loss of fp16 so that small gradients do not become 0; for other precisions it does nothing.
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
@@ -143,13 +150,12 @@ class TrainStep:
                 if not group.get("lr_on_host"):
                     group["lr"] = torch.zeros((), device=device)
 
-    def record(self, batch: MaskedBatch, recorder: Recorder, micro_batches: int) -> None:
+    def record(self, batch: MaskedBatch, recorder: Recorder) -> None:
         """Record the step for micro-batches of the shapes of `batch`; parameters and moments stay as they are.
 
         Args:
             batch: any batch; its values are used for warming up.
             recorder: `CudaGraphs`, or what stands for it where there is no GPU.
-            micro_batches: of a step.
         """
         self._batch = batch.clone()
         self._counts.copy_(batch.decoder.segments.counts.sum(0).clamp(min=1))
@@ -161,7 +167,7 @@ class TrainStep:
         for group in self._optimizer.param_groups:
             group["capturable"] = True
         recorded = {"first": recorder.record(self._first)}
-        if micro_batches > 1:
+        if self._micro_batches > 1:
             recorded["next"] = recorder.record(self._next)
         recorded["update"] = recorder.record(self._update)
         self._recorded = recorded
@@ -202,11 +208,13 @@ class TrainStep:
         else:
             if not self._done:  # graphs know the gradients by their addresses
                 self._optimizer.zero_grad(set_to_none=not self._recorded)
-            self._forward_backward(batch, first=not self._done)
+            last = self._done == self._micro_batches - 1
+            self._forward_backward(batch, first=not self._done, last=last)
         self._done += 1
 
     def update(self) -> None:
         """Clip and update, unless something was not finite."""
+        self._exchange.finish(self._losses)
         self._recorded.get("update", self._update)()
         self._launched += 1
 
@@ -241,18 +249,20 @@ class TrainStep:
         assert self._batch is not None
         self._forward_backward(self._batch, first=False)
 
-    def _forward_backward(self, batch: MaskedBatch, *, first: bool) -> None:
+    def _forward_backward(self, batch: MaskedBatch, *, first: bool, last: bool = False) -> None:
         usual = self._capacity in (None, (len(batch.encoder.ids), len(batch.decoder.ids)))
         forward = self._forward if usual else self._model
-        with autocast(self._config.dtype, self._device):
-            result = forward(batch, target_counts=self._counts)
-        self._scaler.scale(result.total).backward()
+        with self._exchange.backward(last=last):
+            with autocast(self._config.dtype, self._device):
+                result = forward(batch, target_counts=self._counts)
+            self._scaler.scale(result.total).backward()
         losses = result.per_modality.detach()
         self._losses.copy_(losses if first else self._losses + losses)
 
     def _update(self) -> None:
+        # Losses and gradients are those of all ranks by now, so all of them decide alike.
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip_grad or math.inf)
+        norm = self._exchange.clip(self._parameters, self._config.clip_grad)
         self._norm.copy_(norm)
         # A scale above 1 may be to blame for a gradient that is not finite: it is halved, and the step left out.
         self._guard.check(self._losses, norm, self._scaler.scale(self._one) > 1)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +17,22 @@ from m4.batches.order import SampleOrder
 from m4.batches.train import TrainBatches
 from m4.build import Stores, build_model, masking_spec, open_stores
 from m4.checkpoint import RunIdentity, check_same_run, checkpoint_bytes, clean_temporaries, save_checkpoint
-from m4.config import TrainConfig, config_to_yaml
+from m4.checkpoint_files import HasWeights
+from m4.config import TrainConfig, config_to_dict, config_to_yaml
 from m4.device import HeapTrimmer, enough_memory, pick_device
 from m4.distributed import World
 from m4.errors import CheckpointError
 from m4.files import write_atomically
 from m4.model.weights import load_matching
 from m4.run.console import TrainingProgress, announce, announce_estimate
-from m4.run.directory import check_room, only_process, resolve_paths, summarised_step, write_summary
+from m4.run.directory import check_room, only_run, resolve_paths, summarised_step, write_summary
 from m4.run.metrics import RunLog
 from m4.run.signals import Interrupted, StopSignals
 from m4.run.state import LoopState, random_state, set_random_state
 from m4.schedule import Schedule, learning_rate
 from m4.training.ema import AveragedWeights, averaged_model
 from m4.training.evaluating import RunEvaluator
+from m4.training.exchange import exchange_of
 from m4.training.finite import (
     NON_FINITE_FILE,
     diverged,
@@ -44,7 +46,7 @@ from m4.training.guard import NotFinite
 from m4.training.optimizer import build_optimizer, load_optimizer_state
 from m4.training.preflight import Probe, check_memory
 from m4.training.profiling import StepProfiler
-from m4.training.start import load_initial_weights, starting_points
+from m4.training.start import load_initial_weights, starting_points_of
 from m4.training.step import Execution, Figures, TrainStep
 
 __all__ = ["Stores", "Trainer"]
@@ -63,6 +65,7 @@ class Trainer:
         device: default what ``device`` says.
         execution: how steps run; default what suits the device.
         resident: as in `m4.batches.rows.TokenRows`.
+        world: the ranks that train together; default this process alone.
     Raises:
         ValueError: something in the configuration or its data cannot be run; nothing has been written.
     """
@@ -75,18 +78,22 @@ class Trainer:
         device: torch.device | None = None,
         execution: Execution | None = None,
         resident: bool | None = None,
+        world: World | None = None,
     ) -> None:
         self.config = config = resolve_paths(config)
+        self.world = world = world or World()
         self.device = device = device or pick_device(config.device)
-        self.execution = execution or Execution.of(config, device)
-        self.schedule = Schedule.of(config, World.from_environment().size)
+        self.execution = execution or Execution.of(config, device, world.size)
+        self.schedule = Schedule.of(config, world.size)
         self.spec = masking_spec(config)
         check_memory(config, self.schedule, self.spec, device)
-        self.stores = stores or open_stores(config)
+        self.stores = stores or open_stores(config, world)
         train, fixed = self.stores.train, self.execution.asynchronous
-        self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step)
+        self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step, world.size)
+        world.must_agree({**config_to_dict(config), "data fingerprint": train.fingerprint})
         with enough_memory(_LESS_MEMORY):
             self.model = build_model(config, device)
+            self.exchange = exchange_of(config, self.model, world, device)
             self.optimizer = build_optimizer(self.model, config)
             self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
             self.order = order = SampleOrder(len(train), config.seed, config.data.order)
@@ -101,15 +108,16 @@ class Trainer:
                 fixed_shapes=fixed,
                 resident=resident,
                 mirror=mirror,
+                world=world,
             )
             forward = torch.compile(self.model, dynamic=not fixed) if config.compile else self.model
-            capacity, optimizer, averaged = self.batches.capacity, self.optimizer, self.averaged
-            self.step = TrainStep(self.model, forward, optimizer, config, device, self.execution, capacity, averaged)
-        self.probe = Probe(self.model, train, order, self.spec, config, device, mirror)
+            parts = (self.batches.capacity, self.averaged, self.exchange, self.schedule.accumulation)
+            self.step = TrainStep(self.model, forward, self.optimizer, config, device, self.execution, *parts)
+        self.probe = Probe(self.model, train, order, self.spec, config, device, mirror, self.exchange)
         self.state = LoopState()
         self.progress = TrainingProgress(config, self.schedule, self.state, device)
-        self.stop = StopSignals()
-        self.evaluator = RunEvaluator(config, self.stores, self.spec, device, self.stop.check)
+        self.stop = StopSignals(world)
+        self.evaluator = RunEvaluator(config, self.stores, self.spec, device, self.stop.check, world, self.exchange)
         self.log: RunLog | None = None  # open while `run` runs
         self._saved_step = -1
         self._checked_at = time.monotonic()
@@ -120,7 +128,7 @@ class Trainer:
         Args:
             command: what to type to resume.
         """
-        with only_process(self.config.run_dir), self.stop, enough_memory(_LESS_MEMORY):
+        with only_run(self.config.run_dir, self.world), self.stop, enough_memory(_LESS_MEMORY):
             self.resume()
             self.announce()
             if self.state.step >= self.schedule.steps:
@@ -128,7 +136,8 @@ class Trainer:
                     self.summarise()
                 log.info("the run is complete (%d steps); for another one set run_name=NAME", self.state.step)
                 return 0
-            self.log = RunLog(self.config.run_dir, self.config, self._saved_step)
+            if self.world.leads:
+                self.log = RunLog(self.config.run_dir, self.config, self._saved_step)
             with self.closing():
                 try:
                     self.prepare()
@@ -147,7 +156,7 @@ class Trainer:
     def loop(self) -> None:
         """Step until the last one; evaluate and save when due."""
         config, state, schedule = self.config, self.state, self.schedule
-        heap, profiler = HeapTrimmer(), StepProfiler(config, self.device)
+        heap, profiler = HeapTrimmer(), StepProfiler(config, self.device, leads=self.world.leads)
         while True:
             last = state.step >= min(schedule.steps, config.stop_after_steps or schedule.steps)
             if last or state.step == 0 or schedule.due(config.eval_freq, state.step):
@@ -160,7 +169,7 @@ class Trainer:
                 self.train_step()
             heap.step()
             profiler.step()
-            self.stop.check()
+            self.stop.check_together()
 
     def train_step(self) -> Figures | None:
         """One optimiser step from where the state stands; returns its figures if they were read."""
@@ -201,7 +210,8 @@ class Trainer:
     def check(self) -> Figures | None:
         """Wait for the steps that were launched, if any; note those that were not finite, and raise ValueError for the
         one that was one too many."""
-        figures = self.step.read()
+        with self.world.waiting():  # a GPU waits for those of the others
+            figures = self.step.read()
         if figures is None:
             return None
         for skipped in figures.skipped:
@@ -215,7 +225,7 @@ class Trainer:
             self.state.position -= figures.lost * self.schedule.samples_per_step
             if self.state.skipped_steps:
                 found += f", after {self.state.skipped_steps} skipped steps"
-            self.stop_diverged(f"step {step}: {found}; its samples are named in {NON_FINITE_FILE}")
+            raise diverged(f"step {step}: {found}; its samples are named in {NON_FINITE_FILE}", self.config)
         now = time.monotonic()
         self.state.seconds += now - self._checked_at
         self._checked_at = now
@@ -224,11 +234,10 @@ class Trainer:
     def note_not_finite(self, found: NotFinite) -> tuple[int, str]:
         """Write down the samples of a step that was not finite; returns its number and what was not finite."""
         samples = self.schedule.samples_per_step
-        ids = np.arange(samples) + self.state.position - (found.ago + 1) * samples
-        rows = self.order.rows(ids)
-        step, pids = self.state.step - found.ago, [self.stores.train.pids[row] for row in rows]
+        step, ids = self.state.step - found.ago, np.arange(samples) + self.state.position - (found.ago + 1) * samples
         if self.log is not None:
-            note_not_finite(self.config, step, found, ids, rows, pids)
+            rows = self.order.rows(ids)
+            note_not_finite(self.config, step, found, ids, rows, [self.stores.train.pids[row] for row in rows])
         return step, why_not_finite(found, self.config.modalities)
 
     def evaluate(self) -> None:
@@ -240,7 +249,7 @@ class Trainer:
         result, lines = self.evaluator.evaluate(self.model, averaged_model(self.averaged))
         found = loss_that_is_not_finite([x or 0.0 for x in result["per_modality"].values()], self.config.modalities)
         if found is not None:
-            self.stop_diverged(f"evaluation after step {state.step}: {found}")
+            raise diverged(f"evaluation after step {state.step}: {found}", self.config)
         self.keep_evaluation(result)
         for line in lines:
             log.info("step %d  eval %s", state.step, line)
@@ -266,41 +275,36 @@ class Trainer:
             return
         found = self.divergence()
         if found is not None:
-            self.stop_diverged(f"after step {self.state.step} {found}")
-        try:
-            with self.stop.deferred():
-                self.write_checkpoint()
-        except (CheckpointError, OSError) as error:
-            if not try_later:
-                raise
-            log.error("NOT SAVED after step %d: %s", self.state.step, error)
+            raise diverged(f"after step {self.state.step} {found}", self.config)
+        with self.stop.deferred():
+            model, optimizer = self.exchange.whole(self.model, self.optimizer)
+            contents = {"optimizer": optimizer, "loop": asdict(self.state), "random": random_state()}
+            contents["scaling"] = self.step.scaling()
+            failure = self.world.by_first(lambda: self.write(model, contents), CheckpointError, OSError)
+        if failure is None:
+            self._saved_step = self.state.step
+            return
+        if not try_later:
+            raise failure
+        if self.world.leads:
+            log.error("NOT SAVED after step %d: %s", self.state.step, failure)
             later = self.schedule.next_due(self.config.save_ckpt_freq, self.state.step)
             log.error("training goes on; the next save is tried after step %d, a stop signal tries at once", later)
 
-    def write_checkpoint(self) -> None:
-        """Raises CheckpointError or OSError where the disk is full or cannot be written."""
+    def write(self, model: HasWeights, contents: dict[str, Any]) -> None:
+        """Write a checkpoint. Raises CheckpointError or OSError where the disk is full or cannot be written."""
         if self.log is not None:
             self.log.flush()  # what leads to a checkpoint is on the disk before it
-        contents = {"optimizer": self.optimizer.state_dict(), "loop": asdict(self.state), "random": random_state()}
-        contents["scaling"] = self.step.scaling()
-        config, state = self.config, self.state
-        path = save_checkpoint(
-            config.run_dir,
-            state.step,
-            self.model,
-            contents,
-            config,
-            self.identity,
-            state.evaluation_loss,
-            averaged_model(self.averaged),
-        )
-        self._saved_step = state.step
+        config, state, averaged = self.config, self.state, averaged_model(self.averaged)
+        loss = state.evaluation_loss
+        path = save_checkpoint(config.run_dir, state.step, model, contents, config, self.identity, loss, averaged)
         log.info("saved %s", path)
 
     def resume(self) -> None:
         """Take up the best checkpoint from which training can go on, if there is one, else ``init_from``."""
-        clean_temporaries(self.config.run_dir)
-        for found_there in starting_points(self.config):
+        if self.world.leads:
+            clean_temporaries(self.config.run_dir)
+        for found_there in starting_points_of(self.config, self.world):
             path, saved = found_there.path, found_there.state
             changes = check_same_run(path, found_there.meta, self.config, self.identity)
             load_matching(found_there.weights, self.model, str(path))
@@ -325,32 +329,30 @@ class Trainer:
 
     def start_over(self) -> None:
         """Weights, optimiser and state of a fresh run."""
-        self.model.load_state_dict(build_model(self.config, self.device).state_dict())
+        load_matching(build_model(self.config, self.device).state_dict(), self.model, "initial values")
         self.optimizer.state.clear()
         self.state.restore({})
         self.step.start_at(0)
 
     def divergence(self) -> str | None:
         """What is not finite in the weights, the optimiser, or the losses and gradients of a few samples to come."""
-        found = state_that_is_not_finite(self.model, self.optimizer)
-        return found or self.probe.divergence(self.state.position)
-
-    def stop_diverged(self, found: str) -> NoReturn:
-        """Raise ValueError: what was found and how to go on."""
-        raise diverged(found, self.config)
+        found = self.world.first(state_that_is_not_finite(self.model, self.optimizer))
+        return found or self.world.first(self.probe.divergence(self.state.position))
 
     def announce(self) -> None:
         """Say what will run and keep its configuration in the run directory."""
-        write_atomically(self.config.run_dir / "config.yaml", config_to_yaml(self.config).encode())
+        if self.world.leads:
+            write_atomically(self.config.run_dir / "config.yaml", config_to_yaml(self.config).encode())
         parameters = sum(p.numel() for p in self.model.parameters())
-        samples = (len(self.stores.train), len(self.stores.evaluation))
-        announce(self.config, self.schedule, self.device, parameters=parameters, samples=samples)
+        samples, ranks = (len(self.stores.train), len(self.stores.evaluation)), self.world.size
+        announce(self.config, self.schedule, self.device, parameters=parameters, samples=samples, ranks=ranks)
         if self.batches.capacity:
             log.info("micro-batches of %d input and %d target tokens", *self.batches.capacity)
 
     def prepare(self) -> None:
         """What happens once before the first step: checks, an estimate of the time, recording, the clock."""
-        check_room(self.config.run_dir, checkpoint_bytes(self.model, averaged=self.averaged is not None))
+        if self.world.leads:
+            check_room(self.config.run_dir, checkpoint_bytes(self.model, averaged=self.averaged is not None))
         log.info("smoke test: a few samples forward and backward")
         smoke = self.probe.smoke_test(self.state.position)
         size = self.config.batch_size
@@ -358,13 +360,13 @@ class Trainer:
         if self.execution.graphs:
             log.info("recording the step as CUDA graphs")
             with self.stop.deferred():
-                self.record(CudaGraphs(self.device))
+                self.record(CudaGraphs(self.device, beside_others=self.world.size > 1))
         self.progress.start()
         self._checked_at = time.monotonic()
 
     def record(self, recorder: Recorder) -> None:
         """Record the step with a batch of the usual shapes; parameters and moments stay as they are."""
-        self.step.record(self.batches.example(self.state.position), recorder, self.schedule.accumulation)
+        self.step.record(self.batches.example(self.state.position), recorder)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -391,7 +393,8 @@ class Trainer:
     def summarise(self) -> None:
         """Write the summary. Raises OSError with the remedy."""
         try:
-            write_summary(self.config, self.schedule, self.state, self.device)
+            if self.world.leads:
+                write_summary(self.config, self.schedule, self.state, self.device)
         except OSError as error:
             reason = f"{error.strerror}; mend that and give the same command again: it writes the summary"
             raise OSError(error.errno, reason, error.filename) from error

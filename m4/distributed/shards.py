@@ -1,0 +1,43 @@
+"""Tensors of which every rank holds a part (`DTensor`s, as FSDP makes them), whole and in parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; the tensor itself where it is in one piece."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(whole: Tensor, model: Tensor) -> Tensor:
+    """``whole``, which every rank has, divided as ``model`` is: this rank keeps its part."""
+    if not isinstance(model, DTensor):
+        return whole
+    return distribute_tensor(
+        whole.to(model.device),
+        model.device_mesh,
+        model.placements,
+        src_data_rank=None,  # nothing is sent
+    )
+
+
+@torch.no_grad()
+def gathered(tree: Any, keep: bool) -> Any:
+    """A tree of dicts, lists and tuples with every divided tensor whole, in the memory of the host.
+
+    All ranks call it with the same tree; only those that ``keep`` have a use for the result, the others hold no more
+    than one whole tensor at a time, and get None in their places.
+    """
+    if isinstance(tree, DTensor):
+        whole = tree.full_tensor()
+        return whole.cpu() if keep else None
+    if isinstance(tree, dict):
+        return {key: gathered(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(gathered(value, keep) for value in tree)
+    return tree
