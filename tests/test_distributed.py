@@ -221,16 +221,26 @@ def _optimizer(run_dir):
     return torch.load(newest_whole(run_dir)[0] / "state.pt", weights_only=True)["optimizer"]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fixed", "fsdp-fixed", "two-one-four", "fsdp-one-four"])
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        (2, "ddp"),
+        (4, "ddp"),
+        (2, "fsdp"),
+        (4, "fsdp"),
+        (2, "fixed"),
+        (2, "fsdp-fixed"),
+        (2, "two-one-four"),
+        (2, "fsdp-one-four"),
+    ],
+)
 def test_ranks_are_one_process(trained, ranks, name):
     """Losses within 1e-6 over 20 steps, norms within 2e-5; "two-one-four" by 2, 1, 4 ranks."""
-    if ranks == 4 and name not in ("ddp", "fsdp"):
-        pytest.skip("trained by 2 ranks, and 2, 1 and 4")
     one = trained / "1" / ("fixed" if "fixed" in name else "ddp")
     many = trained / str(ranks) / name
     for kind in ("train", "eval"):
         expected, found = _lines(one, kind), _lines(many, kind)
+        found = [line for line in found if kind == "train" or line["step"] % 5 == 0]  # not where it was resumed
         assert [line["step"] for line in found] == [line["step"] for line in expected]
         for a, b in zip(expected, found, strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
