@@ -26,16 +26,14 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from m4.modalities import BINS, IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS, NUM_JOINTS, VISIBILITIES, Modality, RowLayout
+from m4.model.config import ModelConfig
 from m4.model.layers import CrossAttention, SelfAttention
-
-if TYPE_CHECKING:
-    from m4.model.m4 import M4
 
 INIT_STD = 0.02  # of nano4M
 
@@ -59,6 +57,24 @@ COPY = 2.0  # what a target adds of the visible token, in units of its normalise
 BIN_LOGIT, CODE_LOGIT = 8.0, 20.0
 
 
+class Weights(Protocol):
+    """What `fourier` sets of `m4.model.m4.M4`, and what it reads."""
+
+    config: ModelConfig
+    pos_emb: Tensor
+    enc_tok_emb: nn.Embedding
+    enc_mod_emb: nn.Embedding
+    dec_mod_emb: nn.Embedding
+    dec_context_proj: nn.Linear
+    to_logits: nn.Linear
+
+    @property
+    def encoder(self) -> nn.Module: ...
+
+    @property
+    def decoder(self) -> nn.Module: ...
+
+
 @torch.no_grad()
 def normal(modules: Iterable[nn.Module]) -> None:
     """Weights from N(0, 0.02²), biases 0. Norms, which are at 1, stay."""
@@ -70,7 +86,7 @@ def normal(modules: Iterable[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def fourier(model: M4) -> None:
+def fourier(model: Weights) -> None:
     """Overwrite what `normal` gave the embeddings, the output layer and the first cross-attention."""
     described = RowLayout.of(model.config).described
     space = Space.of(model.pos_emb, described)
@@ -183,7 +199,7 @@ def code_features() -> Tensor:
     return nn.functional.normalize(torch.cat(features, dim=1)).float()
 
 
-def _vocabulary(model: M4, space: Space, of_output: float) -> None:
+def _vocabulary(model: Weights, space: Space, of_output: float) -> None:
     """Rows (V, D) of the token embedding and the output layer that are coordinate bins or image codes.
 
     of_output: share of the decoder's output, a vector of length √D, that is the token it copied.
