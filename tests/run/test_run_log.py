@@ -82,7 +82,7 @@ def test_what_is_lost_at_the_end_is_said(tmp_path, log):
 
 
 def test_no_checkpoint_without_its_lines(config, log, monkeypatch):
-    """Where its record cannot be written a run saves nothing: it tries at the next save, and the last has to succeed."""
+    """A run whose record cannot be written saves nothing and tries at the next save; the last has to succeed."""
     config.save_ckpt_freq, config.eval_freq = 0.016, 100
     write = MetricsFile.flush
 
