@@ -87,7 +87,9 @@ def normal(modules: Iterable[nn.Module]) -> None:
 
 @torch.no_grad()
 def fourier(model: Weights) -> None:
-    """Overwrite what `normal` gave the embeddings, the output layer and the first cross-attention."""
+    """Overwrite what `normal` gave the embeddings, the output layer, and attention to visible tokens."""
+    if model.pos_emb.is_meta:
+        return  # a model without values
     described = RowLayout.of(model.config).described
     space = Space.of(model.pos_emb, described)
     for row, embedding in enumerate(space.modalities(described)):

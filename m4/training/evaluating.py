@@ -38,7 +38,7 @@ class RunEvaluator:
         after_batch: Callable[[], None],
     ) -> None:
         self._config, self._store, self._spec, self._device = config, stores.evaluation, spec, device
-        self._next_moment = next_moment_of(config, stores.meta, stores.evaluation)
+        self.next_moment = next_moment_of(config, stores.meta, stores.evaluation)
         self._after_batch = after_batch
 
     def evaluate(self, model: M4, averaged: M4 | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -50,12 +50,12 @@ class RunEvaluator:
         model.eval()
         result = self._losses(model, "evaluating")
         figures, lines = asdict(result), [str(result)]
-        if self._next_moment is not None:
+        if self.next_moment is not None:
             samples = min(len(self._store), self._config.eval_generate_samples)
-            prediction = self._next_moment.predict(
+            prediction = self.next_moment.predict(
                 model, self._store, samples, self._device, after_batch=self._after_batch
             )
-            figures["next"] = self._next_moment.figures(prediction)
+            figures["next"] = self.next_moment.figures(prediction)
             lines.append(next_line(figures["next"]))
         model.train()
         if averaged is not None:
