@@ -16,13 +16,7 @@ def main() -> int:
     futures = "next poses to draw for every sample; the error of the nearest is said (default 0: none)"
     parser.add_argument("--samples", type=whole(0, MOST_FUTURES), default=0, metavar="N", help=futures)
     arguments = parser.parse_args()
-    run = SavedRun.open(
-        arguments.run,
-        checkpoint=arguments.checkpoint,
-        data=arguments.data,
-        device=arguments.device,
-        ema=arguments.ema,
-    )
+    run = SavedRun.asked_for(arguments)
     print(report_table(evaluate_run(run, arguments.split, arguments.max_samples, arguments.samples)))
     return 0
 

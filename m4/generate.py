@@ -30,13 +30,7 @@ _SAMPLES_AT_ONCE = 4  # their logits over 64,000 ids are 0.3 GB
 
 def main() -> int:
     arguments = _arguments()
-    run = SavedRun.open(
-        arguments.run,
-        checkpoint=arguments.checkpoint,
-        data=arguments.data,
-        device=arguments.device,
-        ema=arguments.ema,
-    )
+    run = SavedRun.asked_for(arguments)
     layout = RowLayout.of(run.config)
     check_moments(layout, run.folder)
     _check_steps(arguments.steps, layout)

@@ -6,6 +6,7 @@ may be called from anywhere.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -79,6 +80,17 @@ class SavedRun:
             data_fingerprint=str(meta.get("data_fingerprint")),
             cache_dir=None if config.data.cache_dir is None else _find(folder, config, config.data.cache_dir),
             averaged=ema,
+        )
+
+    @classmethod
+    def asked_for(cls, arguments: argparse.Namespace) -> SavedRun:
+        """Open the run that the arguments of `m4.arguments.add_saved_run` name."""
+        return cls.open(
+            arguments.run,
+            checkpoint=arguments.checkpoint,
+            data=arguments.data,
+            device=arguments.device,
+            ema=arguments.ema,
         )
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import m4.training.step
 from m4.config import load_config
 from m4.distributed import World
 from m4.training.trainer import Trainer
@@ -37,6 +38,16 @@ TRAININGS = {
     "fsdp-moments": ({**SHARDED, "moments": True}, [2]),
     "diverges": ({"lr": 1e38, "eval_freq": 100.0}, [None]),
     "spoilt": ({"spoilt": True}, [None]),
+    "skips": ({"spoilt": True, "skip_non_finite": 2}, [None]),
+    "fsdp-skips": ({**SHARDED, "spoilt": True, "skip_non_finite": 2}, [None]),
+    "fp16": ({"spoilt": True, "dtype": "fp16"}, [None]),
+    "ema": ({"ema": 0.9}, [7, None]),
+    "muon": ({"optimizer": "muon"}, [None]),
+    "fsdp-checkpointing": ({**SHARDED, "activation_checkpointing": True}, [None]),
+    "full": ({"full": (5, 10)}, [None]),
+    "full-at-the-end": ({"full": (20,)}, [None]),
+    "branch": ({"resume": "{here}/two-one-four"}, [None]),
+    "fsdp-from": ({**SHARDED, "init_from": "{here}/ddp"}, [1]),
     "fsdp-spoilt": ({**SHARDED, "spoilt": True}, [None]),
     "asleep": ({"hangs": "asleep"}, [None]),
     "stopped": ({"hangs": "stopped"}, [None]),
@@ -44,11 +55,23 @@ TRAININGS = {
 
 
 def spoil_gradient(trainer):
-    """Of the second rank alone, in the fifth step."""
-    if trainer.world.rank == 1:
+    """Of the last rank alone, in the fifth step."""
+    if trainer.world.rank == trainer.world.size - 1:
         trainer.model.dec_norm.register_forward_hook(
             lambda _, __, out: out * (torch.nan if out.requires_grad and trainer.state.step == 4 else 1)
         )
+
+
+def fill_disk(trainer, steps):
+    """The first rank cannot write while these steps are the last ones done."""
+    write = trainer.write
+
+    def limited(model, contents):
+        if trainer.state.step in steps:
+            raise OSError(28, "No space left on device", "state.pt")
+        write(model, contents)
+
+    trainer.write = limited
 
 
 def hang(trainer, how):
@@ -70,23 +93,27 @@ def hang(trainer, how):
 def train(config, world, name):
     """Run one of the trainings; returns what it raised, "" where nothing."""
     changes, stops = TRAININGS[name]
+    here = config.output_dir
+    changes = {key: v.format(here=here) if isinstance(v, str) else v for key, v in changes.items()}
     changes = {"run_name": name, **changes}
+    m4.training.step._check_precision = lambda *_: None  # fp16 on a CPU scales the loss of float32
     execution = AS_ON_A_GPU if changes.pop("fixed", False) else ON_A_CPU
     if changes.pop("moments", False):
         folder = Path(config.output_dir)
         config = dataclasses.replace(saved_config(folder.parent / "moments", folder), batch_size=2, eval_samples=5)
-    hangs, spoilt = changes.pop("hangs", ""), changes.pop("spoilt", False)
+    hangs, spoilt, full = changes.pop("hangs", ""), changes.pop("spoilt", False), changes.pop("full", ())
     for stop in stops:
         trainer = Trainer(
             dataclasses.replace(config, stop_after_steps=stop, **changes), execution=execution, world=world
         )
         if spoilt:
             spoil_gradient(trainer)
+        fill_disk(trainer, full)
         if hangs:
             hang(trainer, hangs)
         try:
             assert trainer.run("command") == 0
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return str(error)
     return ""
 

@@ -234,6 +234,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--cosmos-dir", type=_home, help="folder with decoder.jit, for data made with cosmos")
     inspect.set_defaults(run=_inspect)
 
+    _add_packing(commands)
+
+    sample = commands.add_parser("sample", help="make the embedded sample set")
+    sample.add_argument("--out", type=_path, required=True)
+    sample.add_argument("--videos", type=whole(1), default=SAMPLE_VIDEOS)
+    sample.add_argument("--workers", type=_WORKERS, default=2)
+    sample.set_defaults(run=_sample)
+    return parser
+
+
+def _add_packing(commands: argparse._SubParsersAction) -> None:
     packing = commands.add_parser("pack", help="pack data sets into shards that training reads without listing files")
     packing.add_argument("roots", type=_path, nargs="+", metavar="ROOT", help="in folders, or packed (to merge)")
     packing.add_argument("--out", type=_path, required=True, help="what is packed there already is added to")
@@ -253,13 +264,6 @@ def _parser() -> argparse.ArgumentParser:
     unpacking.add_argument("root", type=_path)
     unpacking.add_argument("--out", type=_path, required=True)
     unpacking.set_defaults(run=_unpack)
-
-    sample = commands.add_parser("sample", help="make the embedded sample set")
-    sample.add_argument("--out", type=_path, required=True)
-    sample.add_argument("--videos", type=whole(1), default=SAMPLE_VIDEOS)
-    sample.add_argument("--workers", type=_WORKERS, default=2)
-    sample.set_defaults(run=_sample)
-    return parser
 
 
 def _path(text: str) -> Path:

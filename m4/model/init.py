@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from m4.modalities import BINS, IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS, NUM_JOINTS, VISIBILITIES, Modality, RowLayout
 from m4.model.config import ModelConfig
-from m4.model.layers import CrossAttention, SelfAttention, Trunk
+from m4.model.layers import CrossAttention, SelfAttention
 
 INIT_STD = 0.02  # of nano4M
 
@@ -57,6 +57,24 @@ COPY = 2.0  # what a target adds of the visible token, in units of its normalise
 BIN_LOGIT, CODE_LOGIT = 8.0, 20.0
 
 
+class Weights(Protocol):
+    """What `fourier` sets of `m4.model.m4.M4`, and what it reads."""
+
+    config: ModelConfig
+    pos_emb: Tensor
+    enc_tok_emb: nn.Embedding
+    enc_mod_emb: nn.Embedding
+    dec_mod_emb: nn.Embedding
+    dec_context_proj: nn.Linear
+    to_logits: nn.Linear
+
+    @property
+    def encoder(self) -> nn.Module: ...
+
+    @property
+    def decoder(self) -> nn.Module: ...
+
+
 @torch.no_grad()
 def normal(modules: Iterable[nn.Module]) -> None:
     """Weights from N(0, 0.02²), biases 0. Norms, which are at 1, stay."""
@@ -67,23 +85,11 @@ def normal(modules: Iterable[nn.Module]) -> None:
             nn.init.zeros_(module.bias)
 
 
-class Parts(Protocol):
-    """What `fourier` needs to know of `m4.model.M4`."""
-
-    config: ModelConfig
-    pos_emb: Tensor
-    enc_tok_emb: nn.Embedding
-    enc_mod_emb: nn.Embedding
-    dec_mod_emb: nn.Embedding
-    encoder: Trunk
-    dec_context_proj: nn.Linear
-    decoder: Trunk
-    to_logits: nn.Linear
-
-
 @torch.no_grad()
-def fourier(model: Parts) -> None:
-    """Overwrite what `normal` gave the embeddings, the output layer and the first cross-attention."""
+def fourier(model: Weights) -> None:
+    """Overwrite what `normal` gave the embeddings, the output layer, and attention to visible tokens."""
+    if model.pos_emb.is_meta:
+        return  # a model without values
     described = RowLayout.of(model.config).described
     space = Space.of(model.pos_emb, described)
     for row, embedding in enumerate(space.modalities(described)):
@@ -195,7 +201,7 @@ def code_features() -> Tensor:
     return nn.functional.normalize(torch.cat(features, dim=1)).float()
 
 
-def _vocabulary(model: Parts, space: Space, of_output: float) -> None:
+def _vocabulary(model: Weights, space: Space, of_output: float) -> None:
     """Rows (V, D) of the token embedding and the output layer that are coordinate bins or image codes.
 
     of_output: share of the decoder's output, a vector of length √D, that is the token it copied.

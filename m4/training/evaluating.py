@@ -44,7 +44,7 @@ class RunEvaluator:
         exchange: Exchange,
     ) -> None:
         self._config, self._store, self._spec, self._device = config, stores.evaluation, spec, device
-        self._next_moment = next_moment_of(config, stores.meta, stores.evaluation)
+        self.next_moment = next_moment_of(config, stores.meta, stores.evaluation)
         self._after_batch, self._world, self._exchange = after_batch, world, exchange
 
     def evaluate(self, model: M4, averaged: M4 | None = None) -> tuple[dict[str, Any], list[str]]:
@@ -57,12 +57,12 @@ class RunEvaluator:
         with self._exchange.evaluating():
             result = self._losses(model, "evaluating")
             figures, lines = asdict(result), [str(result)]
-            if self._next_moment is not None:
+            if self.next_moment is not None:
                 samples = min(len(self._store), self._config.eval_generate_samples)
-                prediction = self._next_moment.predict(
+                prediction = self.next_moment.predict(
                     model, self._store, samples, self._device, after_batch=self._after_batch
                 )
-                figures["next"] = self._next_moment.figures(prediction)
+                figures["next"] = self.next_moment.figures(prediction)
                 lines.append(next_line(figures["next"]))
         model.train()
         if averaged is not None:

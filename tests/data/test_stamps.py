@@ -150,14 +150,14 @@ def test_a_store_opened_between_two_changes(tmp_path):
 
 def test_files_that_change_while_they_are_packed_are_refused(tmp_path, monkeypatch):
     root = write(tmp_path, *tokens())
-    read_rows = store_module.read_rows
+    read_packable = store_module.read_packable
 
     def meddle(root, modality, *arguments):
-        rows = read_rows(root, modality, *arguments)
+        rows = read_packable(root, modality, *arguments)
         np.save(root / "train/rgb/000002/rgb.npy", np.zeros((16, 16), np.int32))
         return rows
 
-    monkeypatch.setattr(store_module, "read_rows", meddle)
+    monkeypatch.setattr(store_module, "read_packable", meddle)
     with pytest.raises(DataError, match=r"train: expected token files that stay as they are while they are packed"):
         open_it(root)
     monkeypatch.undo()

