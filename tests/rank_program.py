@@ -1,6 +1,6 @@
 """What the ranks of a test do: trainings one after the other, in one process a rank, which takes seconds to start.
 
-``python -m tests.rank_program CONFIG NAME …`` runs the trainings of these names; see `TRAININGS`.
+``python -m tests.rank_program CONFIG NAME …`` runs the trainings of these names; see `TRAININGS` and `GUARDED`.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import m4.training.step
 from m4.config import load_config
 from m4.distributed import World
 from m4.training.trainer import Trainer
@@ -38,9 +37,14 @@ TRAININGS = {
     "fsdp-moments": ({**SHARDED, "moments": True}, [2]),
     "diverges": ({"lr": 1e38, "eval_freq": 100.0}, [None]),
     "spoilt": ({"spoilt": True}, [None]),
+    "asleep": ({"hangs": "asleep"}, [None]),
+    "stopped": ({"hangs": "stopped"}, [None]),
+}
+# {here}: the output directory.
+GUARDED = {
     "skips": ({"spoilt": True, "skip_non_finite": 2}, [None]),
     "fsdp-skips": ({**SHARDED, "spoilt": True, "skip_non_finite": 2}, [None]),
-    "fp16": ({"spoilt": True, "dtype": "fp16"}, [None]),
+    "fp16": ({"overflows": True, "dtype": "fp16"}, [None]),
     "ema": ({"ema": 0.9}, [7, None]),
     "muon": ({"optimizer": "muon"}, [None]),
     "fsdp-checkpointing": ({**SHARDED, "activation_checkpointing": True}, [None]),
@@ -49,8 +53,6 @@ TRAININGS = {
     "branch": ({"resume": "{here}/two-one-four"}, [None]),
     "fsdp-from": ({**SHARDED, "init_from": "{here}/ddp"}, [1]),
     "fsdp-spoilt": ({**SHARDED, "spoilt": True}, [None]),
-    "asleep": ({"hangs": "asleep"}, [None]),
-    "stopped": ({"hangs": "stopped"}, [None]),
 }
 
 
@@ -59,6 +61,14 @@ def spoil_gradient(trainer):
     if trainer.world.rank == trainer.world.size - 1:
         trainer.model.dec_norm.register_forward_hook(
             lambda _, __, out: out * (torch.nan if out.requires_grad and trainer.state.step == 4 else 1)
+        )
+
+
+def overflow(trainer):
+    """In the last rank's gradient of the fifth step, whose loss is finite."""
+    if trainer.world.rank == trainer.world.size - 1:
+        trainer.model.dec_norm.weight.register_hook(
+            lambda gradient: gradient * torch.inf if trainer.state.step == 4 else gradient
         )
 
 
@@ -92,22 +102,23 @@ def hang(trainer, how):
 
 def train(config, world, name):
     """Run one of the trainings; returns what it raised, "" where nothing."""
-    changes, stops = TRAININGS[name]
+    changes, stops = (TRAININGS | GUARDED)[name]
     here = config.output_dir
     changes = {key: v.format(here=here) if isinstance(v, str) else v for key, v in changes.items()}
     changes = {"run_name": name, **changes}
-    m4.training.step._check_precision = lambda *_: None  # fp16 on a CPU scales the loss of float32
     execution = AS_ON_A_GPU if changes.pop("fixed", False) else ON_A_CPU
     if changes.pop("moments", False):
         folder = Path(config.output_dir)
         config = dataclasses.replace(saved_config(folder.parent / "moments", folder), batch_size=2, eval_samples=5)
     hangs, spoilt, full = changes.pop("hangs", ""), changes.pop("spoilt", False), changes.pop("full", ())
+    overflows = changes.pop("overflows", False)
     for stop in stops:
-        trainer = Trainer(
-            dataclasses.replace(config, stop_after_steps=stop, **changes), execution=execution, world=world
-        )
+        now = dataclasses.replace(config, stop_after_steps=stop, **changes)
+        trainer = Trainer(now, execution=execution, world=world)
         if spoilt:
             spoil_gradient(trainer)
+        if overflows:
+            overflow(trainer)
         fill_disk(trainer, full)
         if hangs:
             hang(trainer, hangs)

@@ -101,12 +101,24 @@ def test_keys(tiny_config, override, said):
         load_config(tiny_config, [override])
 
 
-@pytest.mark.parametrize(("key", "value"), [("kernels", "reference"), ("compile", True), ("cuda_graphs", "on")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kernels", "reference"),
+        ("compile", True),
+        ("cuda_graphs", "on"),
+        ("ema", 0.5),
+        ("optimizer", "muon"),
+        ("dtype", "fp16"),
+    ],
+)
 def test_what_does_not_go_with_fsdp(config, key, value):
     from m4.training.exchange import exchange_of
 
     config = dataclasses.replace(config, parallel="fsdp", **{key: value})
-    with pytest.raises(ConfigError, match=rf"^{key}: {value} does not go with parallel=fsdp"):
+    with pytest.raises(
+        ConfigError, match=rf"^{key}: {value} does not go with parallel=fsdp; set {key}=.* or parallel=ddp"
+    ):
         exchange_of(config, torch.nn.Linear(1, 1), World(0, 2), CPU)
 
 
