@@ -37,6 +37,7 @@ TRAININGS = {
     "fsdp-moments": ({**SHARDED, "moments": True}, [2]),
     "diverges": ({"lr": 1e38, "eval_freq": 100.0}, [None]),
     "spoilt": ({"spoilt": True}, [None]),
+    "fsdp-spoilt": ({**SHARDED, "spoilt": True}, [None]),
     "asleep": ({"hangs": "asleep"}, [None]),
     "stopped": ({"hangs": "stopped"}, [None]),
 }
@@ -52,7 +53,6 @@ GUARDED = {
     "full-at-the-end": ({"full": (20,)}, [None]),
     "branch": ({"resume": "{here}/two-one-four"}, [None]),
     "fsdp-from": ({**SHARDED, "init_from": "{here}/ddp"}, [1]),
-    "fsdp-spoilt": ({**SHARDED, "spoilt": True}, [None]),
 }
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -383,15 +384,16 @@ def test_a_rank_that_hangs_ends_all(tiny_config, how):
         )
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny_config):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny_config, signum):
     run_dir = tiny_config.parent / "runs" / "tiny"
     with started(2, *_command(tiny_config, *LONG)) as processes:
         wait_for(lambda: (run_dir / "metrics.jsonl").exists() and "train" in (run_dir / "metrics.jsonl").read_text())
-        processes[1].send_signal(signal.SIGTERM)
+        processes[1].send_signal(signum)
         outcomes = ended(processes)
-    assert [status for status, _ in outcomes] == [143, 143], outcomes
+    assert [status for status, _ in outcomes] == [128 + signum] * 2, outcomes
     said = outcomes[0][1]
-    step = int(re.search(r"stopping on SIGTERM after step (\d+)", said)[1])
+    step = int(re.search(rf"stopping on {signum.name} after step (\d+)", said)[1])
     assert "torchrun --nproc-per-node=2 -m m4.train" in said
     assert newest_whole(run_dir)[1]["step"] == step
     assert _lines(run_dir)[-1]["step"] == step
@@ -406,6 +408,36 @@ def test_what_one_rank_cannot_do_ends_all(tiny_config):
     assert first.splitlines()[-1].startswith("error: ")
     assert "another process is training there" in first
     assert re.match(r"error: rank 1: ended with rank 0: .*another process is training there", second.splitlines()[-1])
+
+
+def test_a_second_ctrl_c_leaves_at_once(tiny_config):
+    """Out of the wait for another rank, which is stopped here."""
+    run_dir = tiny_config.parent / "runs" / "tiny"
+    with started(2, *_command(tiny_config, *LONG)) as processes:
+        wait_for(lambda: (run_dir / "metrics.jsonl").exists() and "train" in (run_dir / "metrics.jsonl").read_text())
+        processes[0].send_signal(signal.SIGSTOP)  # so that the other one waits for it
+        time.sleep(0.5)
+        processes[1].send_signal(signal.SIGINT)
+        time.sleep(1.0)
+        processes[1].send_signal(signal.SIGINT)
+        (status, said) = ended(processes[1:])[0]
+    assert status == 130, said
+    assert "leaving at once, without saving" in said
+    assert newest_whole(run_dir) is None
+
+
+def test_a_dry_run_is_of_one_process(tiny_config):
+    of_two = {**environment(), "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, _command(tiny_config, "--dry-run"))],
+        cwd=REPOSITORY,
+        env=of_two,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 2
+    assert re.match(r"error: --dry-run: works in one process, this is one of 2 .* without torchrun$", done.stderr)
 
 
 def test_ranks_that_never_meet(tiny_config):

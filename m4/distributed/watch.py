@@ -188,6 +188,7 @@ class Watch:
     def _run(self) -> None:
         try:
             self._store.set_timeout(_STORE_SECONDS)
+            self._tell_beat()  # at once: a rank that is lost in its first second has a name, too
             now = time.monotonic()
             watched = range(self._size) if self._rank == 0 else (0,)
             seen = {rank: Seen(Beat(), now, now) for rank in watched}
@@ -199,8 +200,7 @@ class Watch:
 
     def _look(self, seen: dict[int, Seen]) -> None:
         self._looks += 1
-        beat = Beat(self._looks, self._progress, self._waits, self._waiting > 0, self._place)
-        self._store.set(_BEAT.format(self._rank), beat.encoded())
+        self._tell_beat()
         if self._store.check([_FAILURE]):
             if self._stopped.wait(2 * self._every):  # the main thread has the same error, or a better one
                 return
@@ -215,6 +215,10 @@ class Watch:
             found = verdict({0: seen[0]}, now, self.timeout)
         if found is not None and not self._closing:
             self._end(self._told(f"{self._rank} {found}"))
+
+    def _tell_beat(self) -> None:
+        beat = Beat(self._looks, self._progress, self._waits, self._waiting > 0, self._place)
+        self._store.set(_BEAT.format(self._rank), beat.encoded())
 
     def _read(self, rank: int) -> Beat:
         key = _BEAT.format(rank)

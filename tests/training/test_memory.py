@@ -12,7 +12,7 @@ from m4.config import ModelSection, TrainConfig
 from m4.device import enough_memory, total_memory
 from m4.errors import ConfigError
 from m4.schedule import Schedule
-from m4.training import trainer
+from m4.training import evaluating
 from m4.training.preflight import check_memory
 from m4.training.trainer import Trainer
 
@@ -102,7 +102,7 @@ def test_running_out_in_the_middle_is_one_line(config, monkeypatch, error):
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(trainer, "evaluate", fails)
+    monkeypatch.setattr(evaluating, "evaluate", fails)
     with pytest.raises(ConfigError, match=r"not enough memory: .*lower batch_size"):
         Trainer(config).run("command")
 

@@ -262,7 +262,9 @@ def test_training_needs_no_omegaconf(tiny_train_config):
 
 def test_a_gpu_without_bfloat16_is_told(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
-    with pytest.raises(ConfigError, match=r"dtype: bf16 needs .* 8\.0 or more, cuda has 7\.0; use dtype=fp16 or dtype=fp32"):
+    with pytest.raises(
+        ConfigError, match=r"dtype: bf16 needs .* 8\.0 or more, cuda has 7\.0; use dtype=fp16 or dtype=fp32"
+    ):
         Execution.of(dataclasses.replace(config, dtype="bf16"), torch.device("cuda"))
     assert Execution.of(config, torch.device("cuda")).asynchronous
 
