@@ -11,7 +11,7 @@ from m4.arguments import CommandParser
 from m4.cli import python_command, run_command
 from m4.config import load_config
 from m4.device import device_of_rank
-from m4.distributed import World
+from m4.distributed import World, leave
 from m4.errors import ConfigError
 from m4.run.directory import check_not_moved
 from m4.training.plan import dry_run
@@ -43,7 +43,10 @@ def main() -> int:
     device = device_of_rank(config.device, world)
     command = shlex.join([*_launcher(world), "-m", "m4.train", *sys.argv[1:]])
     with world.joined(config.rank_timeout, device.type) as joined:
-        return Trainer(config, device=device, world=joined).run(command)
+        status = Trainer(config, device=device, world=joined).run(command)
+    if world.size > 1:
+        leave(status)
+    return status
 
 
 def _launcher(world: World) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from m4.config import load_config
-from m4.distributed import World
+from m4.distributed import World, leave
 from m4.training.trainer import Trainer
 from tests.saved_runs import saved_config
 from tests.training.step_setup import AS_ON_A_GPU, ON_A_CPU
@@ -136,6 +136,7 @@ def main():
         for name in names:
             said = train(config, world, name)
             Path(config.output_dir, f"{name}.{world.rank}.said").write_text(said)
+    leave(0)  # as m4.train does
 
 
 if __name__ == "__main__":
