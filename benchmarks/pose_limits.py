@@ -142,16 +142,13 @@ def regression(train: Pairs, held: Pairs, steps: int) -> float:
 def neighbours(train: Pairs, held: Pairs) -> float:
     """Error in pixels of the median displacement of the most alike training pairs; over the best of NEIGHBOURS."""
     known, moved = described(train.reference)[:, COORDINATES:], train.moved * PIXEL
-    errors = []
     nearest = torch.cat(
         [
             torch.cdist(described(some)[:, COORDINATES:], known).topk(min(NEIGHBOURS[-1], len(known)), largest=False)[1]
             for some in held.reference.split(256)
         ]
     )
-    for count in NEIGHBOURS:
-        errors.append(held.error(moved[nearest[:, :count]].median(dim=1).values))
-    return min(errors)
+    return min(held.error(moved[nearest[:, :count]].median(dim=1).values) for count in NEIGHBOURS)
 
 
 def information(train: Pairs, held: Pairs, steps: int) -> dict[str, float]:

@@ -49,6 +49,9 @@ __all__ = [
     "parse_duration",
 ]
 
+# Of training samples. "feistel": a permutation by function, which holds no array. "sorted": that of runs begun before
+# it, kept so that they can go on; it holds one number a row.
+ORDERS = ("feistel", "sorted")
 _REFERENCE_TIME = Duration("14:34:45")  # of the M4 recipe on 4 × V100
 _MOST_IDS = 65536  # of a modality: tokens are stored in 16 bits
 RESUME_WORDS = ("auto", "never")  # resume: anything else is a path
@@ -95,7 +98,7 @@ class DataSection:
     train_split: str = "train"
     eval_split: str = "eval"
     mirror: bool = False  # training samples left to right, one in two
-    order: str = "feistel"  # of the training samples; sorted: that of runs begun before there was a choice
+    order: str = ORDERS[0]  # of the training samples; sorted: that of runs begun before there was a choice
 
 
 @dataclass
@@ -355,7 +358,7 @@ def _check(c: TrainConfig) -> None:
     require(0 <= c.ema < 1, "ema", "a value of at least 0, which means none, and below 1")
     require(c.optimizer in ("adamw", "muon"), "optimizer", "adamw or muon")
     require(c.dtype in TRAINING_DTYPES, "dtype", " or ".join(TRAINING_DTYPES))
-    require(c.data.order in ("feistel", "sorted"), "data.order", "feistel or sorted")
+    require(c.data.order in ORDERS, "data.order", " or ".join(ORDERS))
     require(c.cuda_graphs in ("auto", "on", "off"), "cuda_graphs", "auto, on or off")
     require(c.parallel in ("ddp", "fsdp"), "parallel", "ddp or fsdp")
     require(1 <= c.rank_timeout <= 1e6, "rank_timeout", "seconds in 1 … 1e6")

@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 
-# "feistel": a permutation by function, which holds no array. "sorted": that of runs begun before it, kept so that they
-# can go on; it holds one number a row.
-ORDERS = ("feistel", "sorted")
+from m4.config import ORDERS
+
 # On six rows, where a permutation mixes worst, all 720 orders are within 4e-4 of equally likely (total variation,
 # computed over all round functions); domains of other sizes are nearer.
 ROUNDS = 24

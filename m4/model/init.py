@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from m4.modalities import BINS, IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS, NUM_JOINTS, VISIBILITIES, Modality, RowLayout
 from m4.model.config import ModelConfig
-from m4.model.layers import CrossAttention, SelfAttention
+from m4.model.layers import POSITION_BASE, CrossAttention, SelfAttention
 
 INIT_STD = 0.02  # of nano4M
 
@@ -144,9 +144,8 @@ class Space:
     tokens: Tensor
 
     @classmethod
-    def of(cls, pos_emb: Tensor, described: Iterable[Modality]) -> Space:
+    def of(cls, pos_emb: Tensor, described: Sequence[Modality]) -> Space:
         """pos_emb: (P, D) position embeddings; half of the dimensions at most are left to them."""
-        names = [modality.name for modality in described]
         kinds = len(_kinds(described))
         dim = pos_emb.shape[1]
         table = torch.cat([pos_emb, pos_emb.new_ones(1, dim)]).double()
@@ -155,12 +154,12 @@ class Space:
         rank = min(int((left > 1e-5).sum()) + 1, dim // 2)
         positions, rest = bases.to(pos_emb).split([rank, dim - rank])
         rest = nn.init.orthogonal_(torch.empty(len(rest), len(rest))).to(rest) @ rest
-        apart = kinds + len(names)
+        apart = kinds + len(described)
         tokens = rest[apart:] if len(rest) >= 2 * apart else rest
         directions = rest[torch.arange(apart) % len(rest)]
         return cls(positions, directions[:kinds], directions[kinds:], tokens)
 
-    def modalities(self, described: Iterable[Modality]) -> Tensor:
+    def modalities(self, described: Sequence[Modality]) -> Tensor:
         """(M, D): their embeddings, alike for those of a kind."""
         kinds = _kinds(described)
         of_kind = torch.stack([self.kinds[kinds.index(_kind(modality))] for modality in described])
@@ -176,7 +175,7 @@ def _kind(modality: Modality) -> str:
     return modality.kind if modality.kind in ("image", "joints") else modality.name
 
 
-def _kinds(described: Iterable[Modality]) -> list[str]:
+def _kinds(described: Sequence[Modality]) -> list[str]:
     return list(dict.fromkeys(map(_kind, described)))
 
 
@@ -238,7 +237,7 @@ class Looks:
         self.heads = self.dim // head_dim
         self.heads_that_copy = min(self.heads, -(-len(space.tokens) // head_dim))  # they carry what a token is
         waves = max(1, min(WAVES, (head_dim - len(space.kinds)) // 2))
-        slowest = math.log(1 / SLOWEST_WAVE) / math.log(10000) * self.dim / 2  # its place among the waves
+        slowest = math.log(1 / SLOWEST_WAVE) / math.log(POSITION_BASE) * self.dim / 2  # its place among the waves
         self._chosen = torch.linspace(0, min(max(slowest, waves - 1), self.dim // 2 - 1), waves).round().long()
         axes = torch.eye(self.dim)[torch.cat([self._chosen, self.dim // 2 + self._chosen])].to(space.positions)
         self.axes = axes @ space.positions.T @ space.positions
@@ -260,7 +259,7 @@ class Looks:
         """
         waves = len(self._chosen)
         sines, cosines = self.axes.split(waves)
-        frequency = 10000.0 ** (-2 * self._chosen / self.dim)
+        frequency = POSITION_BASE ** (-2 * self._chosen / self.dim)
         far, near = torch.sin(frequency * offset)[:, None], torch.cos(frequency * offset)[:, None]
         there = torch.cat([near * sines + far * cosines, near * cosines - far * sines])  # the waves' sines and cosines
         at, of_kind = (

@@ -11,6 +11,7 @@ from m4.model.config import ModelConfig
 from m4kernels import Segments, cross_modal_attention
 
 LAYER_NORM_EPS = 1e-6
+POSITION_BASE = 10000.0  # of the wavelengths of position embeddings
 
 
 def norm(dim: int) -> nn.LayerNorm:

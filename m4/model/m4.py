@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
-from m4.model.layers import DecoderBlock, EncoderBlock, Trunk, norm
+from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, linear_cross_entropy
 
@@ -28,7 +28,7 @@ class Losses(NamedTuple):
 
 def sincos_positions(length: int, dim: int) -> Tensor:
     """float32 (length, dim): [sin(p / 10000^(2i/dim)) for all i, then cos of the same], i in 0 .. dim/2 - 1."""
-    frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    frequency = POSITION_BASE ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 

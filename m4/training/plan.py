@@ -99,7 +99,6 @@ def _borrowed_data(config: TrainConfig) -> Iterator[TrainConfig]:
 def _numbers(config: TrainConfig, trainer: Trainer, start: SavedCheckpoint | None) -> list[str]:
     schedule, model = trainer.schedule, trainer.model
     vocabulary = model.enc_tok_emb.weight.numel() + model.to_logits.weight.numel()
-    world = schedule.samples_per_step // (schedule.accumulation * config.batch_size)
     begins = (
         f"{start.path}, step {start.meta['step']:,}" if start else config.init_from or "initial values by model.init"
     )
@@ -111,7 +110,7 @@ def _numbers(config: TrainConfig, trainer: Trainer, start: SavedCheckpoint | Non
         f"data           {len(trainer.stores.train):,} training and {len(trainer.stores.evaluation):,} evaluation "
         f"samples  (data.root: {config.data.root or 'the sample set'})",
         f"accumulation   {schedule.accumulation}  (global_batch_size {config.global_batch_size} over batch_size "
-        f"{config.batch_size} x {world} processes, rounded, at least 1)",
+        f"{config.batch_size} x {trainer.world.size} processes, rounded, at least 1)",
         f"samples a step {schedule.samples_per_step:,}  (accumulation x batch_size x processes)",
         f"samples        {config.total_samples:,}  (total_tokens {config.total_tokens:g} M over num_tokens_per_sample "
         f"{config.num_tokens_per_sample})",
