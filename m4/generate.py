@@ -17,6 +17,7 @@ from m4.data.tokenizers import tokenizer_of
 from m4.errors import ConfigError
 from m4.files import write_atomically
 from m4.generation.decode import MAX_SEED, MAX_TEMPERATURE, generate
+from m4.generation.estimates import CodeValues
 from m4.generation.moments import check_moments, prediction_picture
 from m4.modalities import NEXT, REFERENCE, RowLayout
 from m4.pictures.sheets import picture_bytes, picture_endings
@@ -43,6 +44,7 @@ def main() -> int:
     model = run.model()
     limits = layout.id_limits(meta).to(run.device)
     ordinal = layout.ordinal().to(run.device)
+    values = CodeValues.of(layout, meta, run.device)
 
     def predicted(first: int) -> Tensor:
         return generate(
@@ -52,6 +54,7 @@ def main() -> int:
             wanted=NEXT,
             id_limits=limits,
             ordinal=ordinal,
+            code_values=values,
             steps=arguments.steps or _STEPS,
             temperature=arguments.temperature,
             seed=arguments.seed,

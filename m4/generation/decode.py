@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from m4.generation.estimates import CodeValues
 from m4.modalities import RowLayout
 from m4.model import M4
 from m4kernels import MaskedBatch, PackedTokens, Segments
@@ -16,6 +18,13 @@ _SAMPLE_BITS = 20  # of the seed of a sample's generator; the rest, up to torch'
 MAX_SEED = (1 << (64 - _SAMPLE_BITS)) - 1
 _LOGITS_BYTES = 1 << 27  # that `predict_at_once` holds
 MAX_TEMPERATURE = 1_000_000  # noise that float32 still holds beside -inf; ids are long since equally likely
+
+
+class AtOnce(NamedTuple):
+    """What `predict_at_once` returns."""
+
+    tokens: Tensor  # int64 (B, L): the likeliest ids, medians where ids are ordinal
+    shown: Tensor  # the same, but image codes of least expected error where ``code_values`` tells
 
 
 @torch.no_grad()
@@ -27,6 +36,7 @@ def generate(
     wanted: Sequence[str],
     id_limits: Tensor | None = None,
     ordinal: Tensor | None = None,
+    code_values: CodeValues | None = None,
     steps: int = 12,
     temperature: float = 0.0,
     seed: int = 0,
@@ -43,6 +53,8 @@ def generate(
         id_limits: int64 (L,), ids allowed at each position are below it; default the modality's vocabulary.
         ordinal: bool (L,), where ids are steps of a scale: there temperature 0 takes the median of the predicted
             distribution, whose expected distance from the truth is least, instead of the likeliest id. Default nowhere.
+        code_values: what image codes stand for; there temperature 0 takes the code of least expected error. Default
+            nowhere.
         steps: forward passes, at least 1; each keeps at least one token of every sample.
         temperature: 0 takes the likeliest id (or the median); above, up to MAX_TEMPERATURE, ids and the order of
             keeping are sampled.
@@ -60,32 +72,31 @@ def generate(
     device = tokens.device
     layout = RowLayout.of(config)
     modality, position = layout.modality_ids().to(device), layout.positions().to(device)  # (L,)
-    if id_limits is None:
-        id_limits = torch.tensor(list(config.vocab_sizes), device=device)[modality]
-
-    if ordinal is None:
-        ordinal = torch.zeros_like(modality, dtype=torch.bool)
-
+    id_limits = torch.tensor(config.vocab_sizes, device=device)[modality] if id_limits is None else id_limits
+    ordinal = torch.zeros_like(modality, dtype=torch.bool) if ordinal is None else ordinal
     filled = tokens.clone()
-    known = torch.isin(modality, torch.tensor([names.index(n) for n in given], device=device)).expand(tokens.shape)
-    missing = torch.isin(modality, torch.tensor([names.index(n) for n in wanted], device=device)).expand(tokens.shape)
-    known, missing = known.clone(), missing.clone()  # bool (B, L)
-    total = int(missing[0].sum())
+    known, missing = (  # bool (B, L)
+        torch.isin(modality, torch.tensor([names.index(n) for n in chosen], device=device)).repeat(len(tokens), 1)
+        for chosen in (given, wanted)
+    )
+    left = total = int(missing[0].sum())
     limits_of_missing = id_limits.expand(tokens.shape)[missing]
     head = model.to_logits.weight[: int(limits_of_missing.max()) if total else None]  # ids beyond are never taken
-    places_in_run = range(first_sample, first_sample + len(tokens))
-    generators = [torch.Generator().manual_seed((seed << _SAMPLE_BITS) + place) for place in places_in_run]
-    left = total
+    generators = _generators(seed, range(first_sample, first_sample + len(tokens)))
     for step in range(steps):
         batch = MaskedBatch(
             _pack(filled, known, modality, position, len(names)), _pack(filled, missing, modality, position, len(names))
         )
         logits = torch.nn.functional.linear(model.decode(batch), head).float()
         logits = logits.unflatten(0, (len(tokens), left))  # (B, left, ids)
-        limits = id_limits.expand(tokens.shape)[missing].view(len(tokens), left, 1)
-        logits.masked_fill_(torch.arange(logits.shape[-1], device=device) >= limits, -torch.inf)
-        on_scale = ordinal.expand(tokens.shape)[missing].view(len(tokens), left)
+        limits, on_scale, coded = (
+            each.expand(tokens.shape)[missing].view(len(tokens), left)
+            for each in (id_limits, ordinal, ordinal if code_values is None else code_values.where)
+        )
+        logits.masked_fill_(torch.arange(logits.shape[-1], device=device) >= limits[..., None], -torch.inf)
         ids, confidence = _choose(logits, on_scale, temperature * (1 - step / steps), generators)
+        if code_values is not None and temperature == 0:
+            ids[coded] = code_values.closest(logits[coded].softmax(-1))
         remaining = min(left - 1, math.floor(total * math.cos(math.pi / 2 * (step + 1) / steps)))
         keep = confidence.topk(left - remaining, dim=1).indices  # (B, kept), indices into the missing tokens
         places = missing.nonzero()[:, 1].view(len(tokens), left).gather(1, keep)
@@ -107,11 +118,12 @@ def predict_at_once(
     wanted: Sequence[str],
     id_limits: Tensor | None = None,
     ordinal: Tensor | None = None,
-) -> Tensor:
+    code_values: CodeValues | None = None,
+) -> AtOnce:
     """`generate` in a single step at temperature 0: every token is predicted from what is given, and none is drawn.
 
-    Arguments, result and errors are those of `generate`. Logits are held for some tokens at a time, of the ids that
-    these may have.
+    Arguments and errors are those of `generate`. Logits are held for some tokens at a time, of the ids that these may
+    have.
     """
     layout = RowLayout.of(model.config)
     _check_names(layout.modalities, given, wanted)
@@ -122,15 +134,18 @@ def predict_at_once(
     places = starts[targets.modalities] + targets.positions  # (T,), in the row
     limits = model.vocab_limits[targets.modalities] if id_limits is None else id_limits[places]
     on_scale = torch.zeros_like(places, dtype=torch.bool) if ordinal is None else ordinal[places]
-    ids = torch.empty_like(places)
-    for limit in limits.unique().tolist():
-        for median in (False, True):
-            chosen = ((limits == limit) & (on_scale == median)).nonzero()[:, 0]
-            for some in chosen.split(max(1, _LOGITS_BYTES // (4 * limit))):
-                logits = torch.nn.functional.linear(decoded[some], model.to_logits.weight[:limit]).float()
-                ids[some] = _medians(logits.softmax(-1)) if median else logits.argmax(-1)
+    coded = torch.zeros_like(on_scale) if code_values is None else code_values.where[places]
+    ids, shown = torch.empty_like(places), torch.empty_like(places)
+    kinds = limits * 4 + on_scale * 2 + coded
+    for kind in kinds.unique().tolist():
+        limit, median, pictured = kind // 4, kind // 2 % 2, kind % 2
+        for some in (kinds == kind).nonzero()[:, 0].split(max(1, _LOGITS_BYTES // (4 * limit))):
+            logits = torch.nn.functional.linear(decoded[some], model.to_logits.weight[:limit]).float()
+            ids[some] = shown[some] = _medians(logits.softmax(-1)) if median else logits.argmax(-1)
+            if code_values is not None and pictured:
+                shown[some] = code_values.closest(logits.softmax(-1))
     wanted_places = places.view(len(tokens), -1)
-    return tokens.clone().scatter_(1, wanted_places, ids.view_as(wanted_places))
+    return AtOnce(*(tokens.clone().scatter_(1, wanted_places, each.view_as(wanted_places)) for each in (ids, shown)))
 
 
 def whole_batch(tokens: Tensor, layout: RowLayout, given: Sequence[str], wanted: Sequence[str]) -> MaskedBatch:
@@ -162,6 +177,11 @@ def _check_numbers(steps: int, temperature: float, seed: int, first_sample: int,
         raise ValueError(f"seed: expected 0 … {MAX_SEED}, got {seed}")
     if first_sample < 0 or first_sample + samples > 1 << _SAMPLE_BITS:
         raise ValueError(f"first_sample: expected samples within 0 … {(1 << _SAMPLE_BITS) - 1}, got {first_sample}")
+
+
+def _generators(seed: int, samples: range) -> list[torch.Generator]:
+    """One for each sample, by its place in the run."""
+    return [torch.Generator().manual_seed((seed << _SAMPLE_BITS) + place) for place in samples]
 
 
 def _pack(tokens: Tensor, chosen: Tensor, modality: Tensor, position: Tensor, modalities: int) -> PackedTokens:

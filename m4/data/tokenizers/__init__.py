@@ -62,4 +62,14 @@ def mirrored_codes(meta: Mapping[str, Any]) -> np.ndarray:
     )
 
 
-__all__ = ["TOKENIZERS", "ImageTokenizer", "make_tokenizer", "mirrored_codes", "tokenizer_of"]
+def code_values(meta: Mapping[str, Any]) -> np.ndarray | None:
+    """float32 (V, C): a point for each image code of data with this meta.json, of which the squared distance is that of
+    the decoded blocks; None where the tokenizer has none (Cosmos decodes by a network)."""
+    if meta.get("options", {}).get("tokenizer") == "fsq":
+        from m4.data.tokenizers import fsq
+
+        return fsq.code_values()
+    return None
+
+
+__all__ = ["TOKENIZERS", "ImageTokenizer", "code_values", "make_tokenizer", "mirrored_codes", "tokenizer_of"]

@@ -59,12 +59,10 @@ class FSQTokenizer:
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Integer (B, 16, 16) → uint8 (B, 256, 256, 3) RGB."""
         tokens = check_tokens(tokens, self.vocab_size)
-        levels = [tokens // base % count for base, count in zip(BASIS, LEVELS, strict=True)]
-        luma = (levels[2] * LEVELS[3] + levels[3] + 0.5) * (256 / _LUMA_LEVELS)
-        across, down = (_dequantize(level - 2, _SLOPE_REACH, 2) for level in levels[4:])
+        luma, cb, cr, across, down = _components(tokens)
         blend, ramp, linear = _BLEND, _RAMP, _LINEAR
         planes = blend @ luma @ blend.T + blend @ across @ ramp.T + ramp @ down @ blend.T
-        chroma = [linear @ _dequantize(level - 3, _CHROMA_REACH, 3) @ linear.T for level in levels[:2]]
+        chroma = [linear @ plane @ linear.T for plane in (cb, cr)]
         rgb = np.stack([planes, *chroma], axis=-1) @ _YCC_TO_RGB.T
         return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
 
@@ -74,6 +72,29 @@ def mirrored_codes() -> np.ndarray:
     codes = np.arange(VOCAB_SIZE)
     across = codes // BASIS[4] % LEVELS[4]
     return codes + (LEVELS[4] - 1 - 2 * across) * BASIS[4]
+
+
+def code_values() -> np.ndarray:
+    """float32 (64000, 5): the mean red, green and blue of each code's block and its slopes across and down, in grey
+    levels and so scaled that the squared distance of two codes tells that of the decoded pictures: the squared error
+    summed over red, green and blue, as a mean over the pixels where all blocks change alike in colour, and in
+    proportion where one block alone changes. (Clipping is left aside.)"""
+    luma, cb, cr, across, down = _components(np.arange(VOCAB_SIZE))
+    colour = np.stack([luma, cb, cr], axis=-1) @ _YCC_TO_RGB.T
+    # Of a block between plain ones: what a slope of one grey level adds to the error, beside a mean of one grey level.
+    middle = GRID // 2
+    ramp = np.linalg.norm(_RAMP[:, middle]) / np.linalg.norm(_BLEND[:, middle])
+    slopes = np.stack([across, down], axis=-1) * (ramp * np.sqrt(3))  # it changes red, green and blue alike
+    return np.concatenate([colour, slopes], axis=-1).astype(np.float32)
+
+
+def _components(tokens: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Mean luma, mean Cb and Cr, slopes of luma across and down that codes stand for, in grey levels."""
+    levels = [tokens // base % count for base, count in zip(BASIS, LEVELS, strict=True)]
+    luma = (levels[2] * LEVELS[3] + levels[3] + 0.5) * (256 / _LUMA_LEVELS)
+    cb, cr = (_dequantize(level - 3, _CHROMA_REACH, 3) for level in levels[:2])
+    across, down = (_dequantize(level - 2, _SLOPE_REACH, 2) for level in levels[4:])
+    return luma, cb, cr, across, down
 
 
 def _quantize(value: np.ndarray, reach: float, lowest: int, highest: int) -> np.ndarray:
