@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from m4.config import TrainConfig
 from m4.data.layout import read_meta
 from m4.data.sample_set import make_sample_set
 from m4.data.store import TokenStore, open_store
+from m4.data.tokenizers import code_levels
 from m4.distributed import World
 from m4.errors import ConfigError
 from m4.model import M4, ModelConfig
@@ -34,10 +36,19 @@ def model_config(config: TrainConfig) -> ModelConfig:
     return config.model_config()
 
 
-def build_model(config: TrainConfig, device: torch.device) -> M4:
-    """The model with weights drawn from ``seed``, the same on every device."""
+def build_model(config: TrainConfig, device: torch.device, meta: Mapping[str, Any] | None = None) -> M4:
+    """The model with weights drawn from ``seed``, the same on every device.
+
+    meta: what meta.json says of the data, by which initial values know the digits of image codes; weights that are
+    loaded afterwards need none.
+    """
     torch.manual_seed(config.seed)
-    return M4(model_config(config)).to(device)
+    return M4(model_config(config), code_levels(meta or {})).to(device)
+
+
+def initial_values(config: TrainConfig, device: torch.device, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of a fresh `build_model`."""
+    return build_model(config, device, meta).state_dict()
 
 
 def masking_spec(config: TrainConfig) -> MaskingSpec:

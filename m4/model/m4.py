@@ -5,12 +5,14 @@ modality and position alone, in one parallel step. Parameter names and semantics
 by name (see `m4.checkpoint.load_nano4m`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m4.modalities import IMAGE_LEVELS
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
 from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
@@ -52,9 +54,10 @@ class M4(nn.Module):
     allow_decoder: Tensor | None
     allow_cross: Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
+        """code_levels: how many levels each digit of an image code has, fastest first, for the initial values."""
         super().__init__()
-        self.config = config
+        self.config, self.code_levels = config, tuple(code_levels)
         dim, modalities = config.dim, len(config.modalities)
         self.enc_tok_emb = nn.Embedding(config.vocabulary, dim)
         self.enc_mod_emb = nn.Embedding(modalities, dim)
@@ -77,7 +80,7 @@ class M4(nn.Module):
         init.normal(self.modules())
         nn.init.zeros_(self.to_logits.weight)
         if self.config.init == "fourier":
-            init.fourier(self)
+            init.fourier(self, self.code_levels)
 
     def num_parameters(self) -> int:
         """Number of trainable parameters."""

@@ -15,7 +15,7 @@ import torch
 from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
 from m4.batches.train import TrainBatches
-from m4.build import Stores, build_model, masking_spec, open_stores
+from m4.build import Stores, build_model, initial_values, masking_spec, open_stores
 from m4.checkpoint import RunIdentity, check_same_run, checkpoint_bytes, clean_temporaries, save_checkpoint
 from m4.checkpoint_files import HasWeights
 from m4.config import TrainConfig, config_to_dict, config_to_yaml
@@ -92,7 +92,7 @@ class Trainer:
         self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step, world.size)
         world.must_agree({**config_to_dict(config), "data fingerprint": train.fingerprint})
         with enough_memory(_LESS_MEMORY):
-            self.model = build_model(config, device)
+            self.model = build_model(config, device, self.stores.meta)
             self.exchange = exchange_of(config, self.model, world, device)
             self.optimizer = build_optimizer(self.model, config)
             self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
@@ -329,7 +329,7 @@ class Trainer:
 
     def start_over(self) -> None:
         """Weights, optimiser and state of a fresh run."""
-        load_matching(build_model(self.config, self.device).state_dict(), self.model, "initial values")
+        load_matching(initial_values(self.config, self.device, self.stores.meta), self.model, "initial values")
         self.optimizer.state.clear()
         self.state.restore({})
         self.step.start_at(0)
