@@ -29,7 +29,7 @@ ROOMS = [
         "m4.device",
         "m4.pictures",
     ],
-    ["m4.data"],
+    ["m4.data", "m4.poses"],
     ["m4.data.synthetic"],
     ["m4.data.preparation"],
     ["m4.data.inspection", "m4.data.sample_set"],

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from m4.evaluation.poses import Poses, bounding_boxes
 from m4.modalities import CANVAS, IMAGE_GRID
+from m4.poses import Poses, bounding_boxes
 
 MOST_PSNR = 100.0  # dB: of frames that are equal, whose mean over a split would be infinite otherwise
 _PADDING = 0.1  # of a person's box, to each side

@@ -17,7 +17,7 @@ _MOST_BYTES = 1 << 27  # of distances that are held at once
 class CodeValues(NamedTuple):
     """Of the image codes of a row what they stand for."""
 
-    where: Tensor  # bool (L,): the places of image codes
+    where: Tensor  # bool (L,): the places of image codes; or of some tokens (T,) which are
     values: Tensor  # float32 (V, C): a point for each code, see m4.data.tokenizers.code_values
 
     @classmethod
@@ -28,20 +28,24 @@ class CodeValues(NamedTuple):
             return None
         return cls(layout.pictures().to(device), torch.from_numpy(values).to(device))
 
-    def closest(self, p: Tensor) -> Tensor:
+    def at(self, places: Tensor) -> CodeValues:
+        """Of the tokens at these places (int64 (T,)) of rows."""
+        return CodeValues(self.where[places], self.values)
+
+    def closest(self, expected: Tensor, codes: int) -> Tensor:
         """The code whose expected squared distance from the true one is least: the nearest to the expected point.
 
         The likeliest code is the one that is most often right. Where a model is not sure that is often the background,
         and what moves is missing from the picture; the mean error of pixels, of which PSNR tells, is least here.
 
         Args:
-            p: float32 (T, N) probabilities of the first N codes, N <= V.
+            expected: float32 (T, C), the mean of the predicted distribution's points.
+            codes: of the first so many.
         Returns:
-            int64 (T,), below N.
+            int64 (T,), below ``codes``.
         """
-        values = self.values[: p.shape[1]]
-        expected = p @ values  # (T, C)
+        values = self.values[:codes]
         square = values.square().sum(1)  # |e - v|² = |e|² - 2 e·v + |v|², and |e|² is the same for all codes
-        rows = max(1, _MOST_BYTES // (4 * len(values)))
+        rows = max(1, _MOST_BYTES // (4 * codes))
         parts = [torch.addmm(square, some, values.T, alpha=-2).argmin(1) for some in expected.split(rows)]
-        return torch.cat(parts) if parts else expected.new_empty(0, dtype=torch.int64)
+        return torch.cat(parts) if len(expected) else expected.new_empty(0, dtype=torch.int64)

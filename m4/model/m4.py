@@ -17,7 +17,7 @@ from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
 from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
-from m4kernels import MaskedBatch, PackedTokens, linear_cross_entropy
+from m4kernels import MaskedBatch, PackedTokens, Segments, linear_cross_entropy
 
 
 class Losses(NamedTuple):
@@ -109,15 +109,21 @@ class M4(nn.Module):
 
     def decode(self, batch: MaskedBatch) -> Tensor:
         """Decoder output (T_dec, D) for every target."""
-        visible, targets = batch.encoder, batch.decoder
+        return self.answer(batch.decoder, self.context(batch.encoder), batch.encoder.segments)
+
+    def context(self, visible: PackedTokens) -> Tensor:
+        """What the decoder reads of visible tokens (T_enc, D)."""
         x, positions = self.embed_inputs(visible)
         x = self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder))
-        context = self.dec_context_proj(x) + positions
+        return self.dec_context_proj(x) + positions
+
+    def answer(self, targets: PackedTokens, context: Tensor, context_segments: Segments) -> Tensor:
+        """Decoder output (T_dec, D) for every target, from the `context` of visible tokens."""
         y = self.decoder(
             self.embed_queries(targets),
             context,
             targets.segments,
-            visible.segments,
+            context_segments,
             self.allow_decoder,
             self.allow_cross,
         )

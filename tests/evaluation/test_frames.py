@@ -5,7 +5,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from m4.evaluation.frames import MOST_PSNR, person_boxes, pixel_figures, token_accuracy
-from m4.evaluation.poses import Poses
+from m4.poses import Poses
 
 
 def decode(tokens):

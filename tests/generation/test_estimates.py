@@ -8,6 +8,8 @@ from m4.data.tokenizers import code_values, make_tokenizer
 from m4.generation import estimates
 from m4.generation.decode import generate, predict_at_once
 from m4.generation.estimates import CodeValues
+from m4.generation.options import Decoding
+from m4.generation.sampling import Rule, choose
 from m4.modalities import RowLayout
 from m4.model import M4, ModelConfig
 
@@ -22,7 +24,7 @@ def random_values(v, c, seed=0):
 def test_closest_has_the_least_expected_squared_distance(t, n, v, c):
     values = random_values(v, c)
     p = torch.rand(t, n, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    chosen = CodeValues(torch.zeros(0), values).closest(p)
+    chosen = CodeValues(torch.zeros(0), values).closest(p @ values[:n], n)
     squared = (values[:n, None].double() - values[None, :n].double()).square().sum(-1)  # (candidate, true)
     expected = p.double() @ squared.T  # (T, candidate)
     assert chosen.shape == (t,)
@@ -32,18 +34,16 @@ def test_closest_has_the_least_expected_squared_distance(t, n, v, c):
 
 
 def test_some_rows_at_a_time(monkeypatch):
-    values, p = CodeValues(torch.zeros(0), random_values(30, 3)), torch.rand(50, 30).softmax(-1)
-    whole = values.closest(p)
+    values, points = CodeValues(torch.zeros(0), random_values(30, 3)), random_values(50, 3, seed=2)
+    whole = values.closest(points, 30)
     monkeypatch.setattr(estimates, "_MOST_BYTES", 4 * 30 * 7)
-    assert torch.equal(values.closest(p), whole)
+    assert torch.equal(values.closest(points, 30), whole)
 
 
 def test_a_sure_distribution_keeps_its_code():
     values = torch.from_numpy(code_values(FSQ))
     codes = torch.tensor([0, 31_999, 63_999, 777])
-    p = torch.zeros(4, 64_000)
-    p[torch.arange(4), codes] = 1
-    assert torch.equal(CodeValues(torch.zeros(0), values).closest(p), codes)
+    assert torch.equal(CodeValues(torch.zeros(0), values).closest(values[codes], 64_000), codes)
 
 
 def test_distance_of_values_is_that_of_decoded_blocks():
@@ -108,7 +108,24 @@ def test_decoding_shows_the_closest_code_and_tells_the_likeliest(model):
     assert torch.equal(both.tokens, plain.tokens)
     assert torch.equal(both.shown[:, 13:], plain.shown[:, 13:])
     assert not torch.equal(both.shown, both.tokens)
-    assert torch.equal(generate(model, tokens, **names, code_values=values, steps=1), both.shown)
-    sampled = {"temperature": 1.0, "seed": 3, "steps": 2}  # of draws nothing is expected
-    drawn = generate(model, tokens, **names, **sampled)
-    assert torch.equal(generate(model, tokens, **names, **sampled, code_values=values), drawn)
+    once = Decoding(steps=1)
+    assert torch.equal(generate(model, tokens, **names, code_values=values, decoding=once), both.shown)
+    sampled = Decoding(temperature=1.0, seed=3, steps=2)  # of draws nothing is expected
+    drawn = generate(model, tokens, **names, decoding=sampled)
+    assert torch.equal(generate(model, tokens, **names, decoding=sampled, code_values=values), drawn)
+
+
+@pytest.mark.parametrize("limit", [1, 17, 5000])
+def test_the_expected_point_of_many_ids(limit):
+    """More ids than are held at once, against float64; below a limit, and beside rows that are no codes."""
+    generator = torch.Generator().manual_seed(limit)
+    y, weight = torch.randn(9, 6, generator=generator) * 2, torch.randn(5000, 6, generator=generator)
+    values, where = torch.randn(5000, 4, generator=generator), torch.arange(9) % 3 > 0
+    limits, ordinal = torch.full((9,), limit), torch.zeros(9, dtype=torch.bool)
+    found = choose(y, weight, limits, ordinal, Rule(), code_values=CodeValues(where, values))
+    p = (y.double() @ weight[:limit].double().T).softmax(-1)
+    squared = torch.cdist(p @ values[:limit].double(), values[:limit].double()).square()
+    taken = squared.gather(1, found.shown[:, None])[:, 0]
+    assert bool((taken <= squared.min(1).values + 1e-5)[where].all())
+    assert torch.equal(found.shown[~where], found.ids[~where])
+    assert torch.equal(found.ids, p.argmax(-1))
