@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import m4.generate
 from m4.cli import exit_status
@@ -166,7 +167,10 @@ def test_without_truth_only_the_prediction_is_shown(walking_run, tmp_path, capsy
     options = ["--given", "tok_rgb", "--wanted", "tok_rgb_next", "--rollout", 2, "--pids", "000004", "--steps", 1]
     assert call("--run", walking_run, "--out", out, *options) == 0
     assert "error" not in capsys.readouterr().out
-    assert [frame.size for frame in gif_frames(out.read_bytes())] == [(262 + 6, 22 + 262 + 6)] * 3
+    assert {frame.size for frame in gif_frames(out.read_bytes())} == {(262 + 6, 22 + 262 + 6)}
+    with Image.open(out) as animation:  # equal moments are one picture that stays for longer
+        lasting = [animation.seek(number) or animation.info["duration"] for number in range(animation.n_frames)]
+    assert sum(lasting) == 500 + 500 + 3 * 500
 
 
 @pytest.mark.parametrize(
