@@ -66,6 +66,7 @@ def step(kernels: str) -> Callable[[MaskedBatch], Run]:
 
         def run() -> None:
             one.model.config = config
+            one.optimizer.in_one_pass = kernels == "auto"
             one.batches = OneStep(batch)  # type: ignore[assignment]
             one.train_step()
 

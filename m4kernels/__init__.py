@@ -1,6 +1,7 @@
 """Fast kernels for masked multimodal models: each op is one function with a plain PyTorch reference."""
 
 from m4kernels._version import __version__
+from m4kernels.ops.adamw_step.api import adamw_step
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
 from m4kernels.ops.linear_cross_entropy.api import LinearCrossEntropyOutput, linear_cross_entropy
 from m4kernels.ops.mask_tokens.api import mask_tokens
@@ -15,6 +16,7 @@ __all__ = [
     "PackedTokens",
     "Segments",
     "__version__",
+    "adamw_step",
     "cross_modal_attention",
     "dequantize_coords",
     "linear_cross_entropy",
