@@ -1,7 +1,7 @@
 """One step of AdamW with clipping's factor: seven numbers an element pass between memory and the processor."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4kernels import adamw_step
 
-SETTINGS = {"lr": 1e-5, "eps": 1e-8, "weight_decay": 0.05}
+SETTINGS: dict[str, Any] = {"lr": 1e-5, "eps": 1e-8, "weight_decay": 0.05}
 BETA1, BETA2 = 0.9, 0.95
 
 

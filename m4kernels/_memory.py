@@ -9,6 +9,7 @@ import threading
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch.utils import deterministic
 
 # Bytes. Smaller blocks glibc keeps itself. Larger ones would be a lot to hold on to: what is kept is at most MOST of
 # LARGEST bytes, and M4's step has two gradients of 160 MiB, three where it accumulates.
@@ -33,9 +34,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             held = [one for one in _kept if not any(one is x for x in free)]
             _kept[:] = [*held[-MOST + 1 :], result.untyped_storage()]
             return result
-        result = torch.empty(0, dtype=dtype).set_(storage, 0, shape, _contiguous(shape))  # type: ignore[call-overload]
+        result = torch.empty(0, dtype=dtype).set_(storage, 0, shape, _contiguous(shape))
         _kept[:] = [*(one for one in _kept if one is not storage), storage]
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         result.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)  # as torch.empty does
     return result
 
