@@ -15,6 +15,7 @@ from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4.batches.train import MicroBatch, StepBatches
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
+from m4.training.adamw import AdamW
 from m4.training.trainer import Stores, Trainer
 from m4kernels import MaskedBatch, PackedTokens, Segments
 from m4kernels.cases import M4_INPUT_MEANS, M4_MAX_SEQ_LENS, M4_TARGET_MEANS, random_packed
@@ -66,6 +67,8 @@ def step(kernels: str) -> Callable[[MaskedBatch], Run]:
 
         def run() -> None:
             one.model.config = config
+            assert isinstance(one.optimizer, AdamW)
+            one.optimizer.in_one_pass = kernels == "auto"
             one.batches = OneStep(batch)  # type: ignore[assignment]
             one.train_step()
 

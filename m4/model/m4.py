@@ -17,7 +17,7 @@ from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
 from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
-from m4kernels import MaskedBatch, PackedTokens, Segments, linear_cross_entropy
+from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear_cross_entropy
 
 
 class Losses(NamedTuple):
@@ -101,7 +101,9 @@ class M4(nn.Module):
     def embed_inputs(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
         """(token + modality + position embedding (T, D), position embedding (T, D)) of visible tokens."""
         positions = F.embedding(tokens.positions, self.pos_emb)
-        return self.enc_tok_emb(tokens.ids) + self.enc_mod_emb(tokens.modalities) + positions, positions
+        # M4KERNELS_BACKEND may name one that this op lacks.
+        embedded = embedding(self.enc_tok_emb.weight, tokens.ids, backend="auto")
+        return embedded + self.enc_mod_emb(tokens.modalities) + positions, positions
 
     def embed_queries(self, tokens: PackedTokens) -> Tensor:
         """Modality + position embedding (T, D): all that the decoder knows of a target."""

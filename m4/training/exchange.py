@@ -8,7 +8,6 @@ in buckets; where nothing is captured each goes out as soon as the last backward
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,9 +52,9 @@ class Exchange:
     def finish(self, losses: Tensor) -> None:
         """After the last micro-batch: make gradients, and losses (M,) in place, those of all ranks."""
 
-    def clip(self, parameters: Sequence[Tensor], most: float | None) -> Tensor:
-        """Scale the gradients to a norm of at most ``most``; returns the norm they had, ()."""
-        return torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """() the norm of all gradients together."""
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Replicated(Exchange):
@@ -196,13 +195,10 @@ class Sharded(Exchange):
         with self._world.waiting():
             self._world.sum_of(losses).wait()
 
-    def clip(self, parameters: Sequence[Tensor], most: float | None) -> Tensor:
-        gradients = [p.grad for p in parameters if p.grad is not None]
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         with self._world.waiting():
-            norm: Any = torch.nn.utils.get_total_norm(gradients)
-            whole = norm.full_tensor()
-        torch.nn.utils.clip_grads_with_norm_(parameters, math.inf if most is None else most, whole)
-        return whole
+            norm: Any = super().norm(parameters)
+            return norm.full_tensor()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -20,11 +20,12 @@ from m4.config import TrainConfig
 from m4.device import autocast
 from m4.errors import ConfigError
 from m4.model import M4, Losses
+from m4.training.adamw import AdamW, clip_factor
 from m4.training.ema import AveragedWeights
 from m4.training.exchange import Exchange
 from m4.training.graphs import Function, Recorder
 from m4.training.guard import Guard, NotFinite
-from m4.training.optimizer import set_learning_rate
+from m4.training.optimizer import MuonAndAdamW, set_learning_rate
 from m4kernels import MaskedBatch
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class TrainStep:
     Args:
         model: the model that is trained.
         forward: its forward pass, perhaps compiled.
-        optimizer: of its parameters; must heed ``found_inf`` (torch's fused AdamW does, and `MuonAndAdamW`).
+        optimizer: of its parameters, as `build_optimizer` makes it.
         config: the run.
         device: where the model is.
         execution: how steps run.
@@ -117,7 +118,7 @@ class TrainStep:
         self,
         model: M4,
         forward: Callable[..., Losses],
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW | MuonAndAdamW,
         config: TrainConfig,
         device: torch.device,
         execution: Execution,
@@ -144,7 +145,7 @@ class TrainStep:
         self._recorded: dict[str, Function] = {}
         self._done = 0  # micro-batches of this step
         self._launched = 0  # steps that the device was given since the last `read`
-        optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]
+        optimizer.found_inf = self._guard.found_inf
         if execution.asynchronous:  # the rate, too, is read on the device
             for group in optimizer.param_groups:
                 if not group.get("lr_on_host"):
@@ -262,10 +263,11 @@ class TrainStep:
     def _update(self) -> None:
         # Losses and gradients are those of all ranks by now, so all of them decide alike.
         self._scaler.unscale_(self._optimizer)
-        norm = self._exchange.clip(self._parameters, self._config.clip_grad)
+        norm = self._exchange.norm(self._parameters)
         self._norm.copy_(norm)
         # A scale above 1 may be to blame for a gradient that is not finite: it is halved, and the step left out.
         self._guard.check(self._losses, norm, self._scaler.scale(self._one) > 1)
+        self._optimizer.grad_factor = clip_factor(norm, self._config.clip_grad)
         self._optimizer.step()
         if self._averaged is not None:
             self._averaged.update(self._guard.found_inf)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from m4kernels import _ext
+from m4kernels import _ext, _memory
 from m4kernels.backend import runs_always
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 
@@ -58,7 +58,7 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     nll = new(tokens, dtype=dtype)
     correct = new(tokens, dtype=torch.bool)
     dx = new((tokens, dim) if call.x_grad else 0, dtype=dtype)
-    dweight = torch.empty((classes, dim) if call.weight_grad else 0, dtype=dtype)
+    dweight = _memory.empty((classes, dim) if call.weight_grad else (0,), dtype)
 
     pointers = tokens_at | {"targets": targets.data_ptr(), "nll": nll.data_ptr(), "correct": correct.data_ptr()}
     if not _fused(call, pointers, count, dx, dweight):
