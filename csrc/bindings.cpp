@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_archs") = M4K_EXPAND(M4K_CUDA_ARCHS);      // "80;90"; the last is there as PTX, too
     m4k::bind_simd(m);
     m4k::bind_block(m);
+    m4k::bind_linear(m);
     m4k::bind_linear_cross_entropy(m);
     m4k::bind_segments(m);
     m4k::bind_cross_modal_attention(m);

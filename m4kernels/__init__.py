@@ -2,6 +2,7 @@
 
 from m4kernels._version import __version__
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
+from m4kernels.ops.linear.api import linear
 from m4kernels.ops.linear_cross_entropy.api import LinearCrossEntropyOutput, linear_cross_entropy
 from m4kernels.ops.mask_tokens.api import mask_tokens
 from m4kernels.ops.mask_tokens.spec import MaskingSpec
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "cross_modal_attention",
     "dequantize_coords",
+    "linear",
     "linear_cross_entropy",
     "mask_tokens",
     "quantize_coords",

@@ -15,6 +15,7 @@ inline constexpr release_gil_t release_gil{};
 
 void bind_simd(py::module_& m);
 void bind_block(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
 void bind_segments(py::module_& m);
 void bind_cross_modal_attention(py::module_& m);

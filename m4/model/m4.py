@@ -15,7 +15,7 @@ from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
 from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
-from m4kernels import MaskedBatch, PackedTokens, linear_cross_entropy
+from m4kernels import MaskedBatch, PackedTokens, linear, linear_cross_entropy
 
 
 class Losses(NamedTuple):
@@ -109,7 +109,7 @@ class M4(nn.Module):
         visible, targets = batch.encoder, batch.decoder
         x, positions = self.embed_inputs(visible)
         x = self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder))
-        context = self.dec_context_proj(x) + positions
+        context = linear(x, self.dec_context_proj.weight, self.dec_context_proj.bias, residual=positions)
         y = self.decoder(
             self.embed_queries(targets),
             context,
