@@ -13,7 +13,7 @@ import numpy
 import torch
 
 import m4kernels
-from benchmarks.measure import Work, copy_bandwidth, product_rate
+from benchmarks.measure import Work, copy_bandwidth, product_rate, product_rates
 from m4kernels import _ext
 
 RESULTS = Path(__file__).with_name("results")
@@ -57,6 +57,9 @@ class Session:
         lines += [f"{name:<82} {value:6.2f}x" for name, value in self.speedups.items()]
         for formula in dict.fromkeys(f"{r.op}: {r.work}" for r in self.records):
             lines.append(formula)
+        if any(r.rate.endswith("GFLOP/s") for r in self.records):
+            rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in product_rates().items())
+            lines.append(f"GFLOP/s of this machine's matrix products, the floor's among them: {rates}")
         return lines
 
     def save(self, root: Path = RESULTS) -> Path:
@@ -102,6 +105,7 @@ def environment() -> dict[str, Any]:
         **machine(),
         "copy_gigabytes_per_second": copy_bandwidth() / 1e9,
         "product_gigaflops": product_rate() / 1e9,
+        "products_gigaflops": {name: rate / 1e9 for name, rate in product_rates().items()},
     }
 
 

@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
     m4k::bind_adamw_step(m);
     m4k::bind_block(m);
     m4k::bind_embedding(m);
+    m4k::bind_linear(m);
     m4k::bind_linear_cross_entropy(m);
     m4k::bind_segments(m);
     m4k::bind_cross_modal_attention(m);

@@ -4,6 +4,7 @@ from m4kernels._version import __version__
 from m4kernels.ops.adamw_step.api import adamw_step
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
 from m4kernels.ops.embedding.api import embedding
+from m4kernels.ops.linear.api import linear
 from m4kernels.ops.linear_cross_entropy.api import LinearCrossEntropyOutput, linear_cross_entropy
 from m4kernels.ops.mask_tokens.api import mask_tokens
 from m4kernels.ops.mask_tokens.spec import MaskingSpec
@@ -21,6 +22,7 @@ __all__ = [
     "cross_modal_attention",
     "dequantize_coords",
     "embedding",
+    "linear",
     "linear_cross_entropy",
     "mask_tokens",
     "quantize_coords",

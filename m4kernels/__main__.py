@@ -16,6 +16,8 @@ import torch
 import m4kernels.ops
 from m4kernels import __version__, _ext
 from m4kernels.dispatch import BACKENDS, unavailable, usual_device
+from m4kernels.ops.linear.api import FEWEST_ROWS, why_not_own_products
+from m4kernels.ops.linear.cpp import multiplies_bf16
 
 
 def _versions() -> str:
@@ -36,6 +38,15 @@ def _extension() -> str:
     archs = ", ".join(f"sm_{arch}" for arch in extension.cuda_archs.split(";"))
     cuda = f"CUDA {extension.cuda_version} built in ({archs})" if extension.has_cuda else "CUDA not built in"
     return f"{extension.__file__}, {cuda}\nSIMD level: {extension.simd_level()}"
+
+
+def _products() -> str:
+    """What multiplies in the layers of a model on this CPU."""
+    why_not = why_not_own_products()
+    if why_not is not None:
+        return f"PyTorch's ({why_not})"
+    bf16 = "as such" if multiplies_bf16() else "as float32"
+    return f"the extension's (backend cpp of linear, from {FEWEST_ROWS} rows on); bfloat16 is multiplied {bf16}"
 
 
 def _gpus() -> str:
@@ -74,6 +85,7 @@ def main() -> int:
     tell("", _versions)
     tell("extension: ", _extension)
     tell("threads: ", lambda: str(torch.get_num_threads()))
+    tell("matrix products of layers on the CPU: ", _products)
     tell("GPU: ", _gpus)
     for op in sorted(module.name for module in pkgutil.iter_modules(m4kernels.ops.__path__)):
         print(op)

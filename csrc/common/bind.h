@@ -17,6 +17,7 @@ void bind_simd(py::module_& m);
 void bind_adamw_step(py::module_& m);
 void bind_block(py::module_& m);
 void bind_embedding(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
 void bind_segments(py::module_& m);
 void bind_cross_modal_attention(py::module_& m);

@@ -15,17 +15,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/matrix.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace m4k {
 
-// A matrix in memory; strides in elements.
-struct FusedSource {
-    const void* data;  // float, or bfloat16 as uint16_t
-    bool is_bf16;
-    bool round;  // floats are rounded to bfloat16
-    int64_t row, column;
-};
+using FusedSource = MatrixSource;
 
 // Whether a block of the weight is copied, since no product reads it as it lies.
 bool copies_weight(const FusedSource& weight, bool bf16_products);

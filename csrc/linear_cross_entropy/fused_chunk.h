@@ -76,8 +76,8 @@ class Chunk {
     void pack(int64_t i, int64_t panels) const {
         if (i < panels) {
             const int64_t first = i * kPanel;
-            pack_tokens<Kind>(a_.x, c_.order + first, c_.rows - first, a_.dim, vectors_of(c_.rows, i) * kLanes,
-                              x_panel(i));
+            pack_rows<Kind>(a_.x, c_.order + first, c_.rows - first, a_.dim, vectors_of(c_.rows, i) * kLanes,
+                            x_panel(i));
         } else {
             const int64_t panel = i - panels, first = panel * kPanel;
             pack_columns<Kind>(a_.x, c_.order, c_.rows, first, std::min<int64_t>(a_.dim - first, kPanel),

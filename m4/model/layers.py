@@ -1,14 +1,17 @@
-"""The layers of the trunk, over packed tokens."""
+"""The layers of the trunk, over packed tokens.
+
+Linear layers hold their parameters under nano4M's names; `m4kernels.linear` multiplies, which takes in what surrounds a
+product: GELU before it, the residual after it.
+"""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m4.model.config import ModelConfig
-from m4kernels import Segments, cross_modal_attention
+from m4kernels import Segments, cross_modal_attention, linear
 
 LAYER_NORM_EPS = 1e-6
 POSITION_BASE = 10000.0  # of the wavelengths of position embeddings
@@ -19,7 +22,7 @@ def norm(dim: int) -> nn.LayerNorm:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over packed tokens (T, D)."""
+    """Multi-head self-attention over packed tokens (T, D), plus a residual (T, D)."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -27,13 +30,14 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, segments: Segments, allow: Tensor | None) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        return self.attn_out_proj(cross_modal_attention(q, k, v, segments, segments, allow=allow).flatten(1))
+    def forward(self, x: Tensor, residual: Tensor, segments: Segments, allow: Tensor | None) -> Tensor:
+        q, k, v = linear(x, self.qkv_proj.weight).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        attended = cross_modal_attention(q, k, v, segments, segments, allow=allow).flatten(1)
+        return linear(attended, self.attn_out_proj.weight, residual=residual)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from packed tokens x (Tq, D) to packed tokens context (Tk, D)."""
+    """Multi-head attention from packed tokens x (Tq, D) to packed tokens context (Tk, D), plus a residual (Tq, D)."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -43,21 +47,30 @@ class CrossAttention(nn.Module):
         self.attn_out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, context: Tensor, x_segments: Segments, context_segments: Segments, allow: Tensor | None
+        self,
+        x: Tensor,
+        context: Tensor,
+        residual: Tensor,
+        x_segments: Segments,
+        context_segments: Segments,
+        allow: Tensor | None,
     ) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k, v = self.kv_proj(context).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
-        return self.attn_out_proj(cross_modal_attention(q, k, v, x_segments, context_segments, allow=allow).flatten(1))
+        q = linear(x, self.q_proj.weight).unflatten(-1, (-1, self.head_dim))
+        k, v = linear(context, self.kv_proj.weight).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
+        attended = cross_modal_attention(q, k, v, x_segments, context_segments, allow=allow).flatten(1)
+        return linear(attended, self.attn_out_proj.weight, residual=residual)
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU between them, over packed tokens (T, D), plus a residual (T, D)."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return linear(linear(x, self.fc1.weight), self.fc2.weight, gelu=True, residual=residual)
 
 
 class EncoderBlock(nn.Module):
@@ -69,8 +82,8 @@ class EncoderBlock(nn.Module):
         self.mlp = MLP(config.dim, int(config.dim * config.mlp_ratio))
 
     def forward(self, x: Tensor, segments: Segments, allow: Tensor | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), segments, allow)
-        return x + self.mlp(self.norm2(x))
+        x = self.attn(self.norm1(x), x, segments, allow)
+        return self.mlp(self.norm2(x), x)
 
 
 class DecoderBlock(nn.Module):
@@ -93,10 +106,10 @@ class DecoderBlock(nn.Module):
         allow: Tensor | None,
         allow_cross: Tensor | None,
     ) -> Tensor:
-        x = x + self.self_attn(self.norm1(x), x_segments, allow)
+        x = self.self_attn(self.norm1(x), x, x_segments, allow)
         query, context = self.query_norm(x), self.context_norm(context)
-        x = x + self.cross_attn(query, context, x_segments, context_segments, allow_cross)
-        return x + self.mlp(self.norm2(x))
+        x = self.cross_attn(query, context, x, x_segments, context_segments, allow_cross)
+        return self.mlp(self.norm2(x), x)
 
 
 class Trunk(nn.Module):

@@ -17,7 +17,7 @@ from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
 from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
-from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear_cross_entropy
+from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear, linear_cross_entropy
 
 
 class Losses(NamedTuple):
@@ -117,7 +117,7 @@ class M4(nn.Module):
         """What the decoder reads of visible tokens (T_enc, D)."""
         x, positions = self.embed_inputs(visible)
         x = self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder))
-        return self.dec_context_proj(x) + positions
+        return linear(x, self.dec_context_proj.weight, self.dec_context_proj.bias, residual=positions)
 
     def answer(self, targets: PackedTokens, context: Tensor, context_segments: Segments) -> Tensor:
         """Decoder output (T_dec, D) for every target, from the `context` of visible tokens."""

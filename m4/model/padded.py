@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m4.model.config import ModelConfig
-from m4.model.layers import CrossAttention, SelfAttention, Trunk
+from m4.model.layers import MLP, CrossAttention, SelfAttention, Trunk
 from m4kernels import MaskedBatch
 from m4kernels.segments import IGNORE_INDEX
 
@@ -53,14 +53,14 @@ def padded_losses(model: Weights, batch: MaskedBatch, target_counts: Tensor | No
     block: Any
     for block in model.encoder.blocks:
         x = x + self_attention(block.attn, block.norm1(x), enc_to_enc, matmul)
-        x = x + block.mlp(block.norm2(x))
+        x = x + mlp(block.mlp, block.norm2(x))
     context = model.dec_context_proj(model.enc_norm(x)) + positions
 
     y = model.dec_mod_emb(dec_mods) + F.embedding(p["dec_positions"], model.pos_emb)
     for block in model.decoder.blocks:
         y = y + self_attention(block.self_attn, block.norm1(y), dec_to_dec, matmul)
         y = y + cross_attention(block.cross_attn, block.query_norm(y), block.context_norm(context), dec_to_enc, matmul)
-        y = y + block.mlp(block.norm2(y))
+        y = y + mlp(block.mlp, block.norm2(y))
     logits = model.to_logits(model.dec_norm(y))  # (B, N, V)
     if min(model.config.vocab_sizes) < model.config.vocabulary:
         classes = torch.arange(logits.shape[-1], device=logits.device)
@@ -108,3 +108,7 @@ def cross_attention(layer: CrossAttention, x: Tensor, context: Tensor, mask: Ten
     (q,) = split_heads(layer.q_proj(x), 1, layer.head_dim)
     k, v = split_heads(layer.kv_proj(context), 2, layer.head_dim)
     return layer.attn_out_proj(attend(q, k, v, mask, matmul))
+
+
+def mlp(layer: MLP, x: Tensor) -> Tensor:
+    return layer.fc2(F.gelu(layer.fc1(x)))

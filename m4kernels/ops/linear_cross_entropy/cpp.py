@@ -9,14 +9,11 @@ Only valid tokens are multiplied, and only with the classes that they can be of:
 limit, widest first.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from m4kernels import _ext, _memory
+from m4kernels._workspace import workspace
 from m4kernels.backend import runs_always
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 
@@ -38,9 +35,6 @@ WIDEST = 1024
 FIXED_BYTES_A_TOKEN = 40
 
 can_run = runs_always
-
-_kept: dict[str, Tensor] = {}
-_kept_lock = threading.Lock()
 
 
 def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -94,7 +88,7 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
     rows, floats, _ = extension.lce_fused_plan(**shape, **plan)
     if rows == 0:
         return False
-    with _workspace(floats) as workspace:
+    with workspace(floats) as memory:
         extension.lce_fused(
             **pointers,
             **shape,
@@ -105,7 +99,7 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
             weight=weight.data_ptr(),
             dx=dx.data_ptr() if call.x_grad else 0,
             dweight=dweight.data_ptr() if call.weight_grad else 0,
-            workspace=workspace.data_ptr(),
+            workspace=memory.data_ptr(),
             floats=floats,
             rows=rows,
         )
@@ -115,22 +109,6 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
 def multiplies_bf16() -> bool:
     """Whether the processor multiplies bfloat16 numbers; where not, products of rounded operands are of float32."""
     return _ext.require().simd_level() == "avx512bf16"
-
-
-@contextmanager
-def _workspace(floats: int) -> Iterator[Tensor]:
-    """Memory for one call at a time, kept for the next: fresh memory costs 0.45 ms a MiB."""
-    if not _kept_lock.acquire(blocking=False):
-        yield torch.empty(floats)
-        return
-    try:
-        kept = _kept.get("workspace")
-        if kept is None or kept.shape[0] < floats:
-            _kept.pop("workspace", None)
-            kept = _kept["workspace"] = torch.empty(floats)
-        yield kept
-    finally:
-        _kept_lock.release()
 
 
 def _in_library(
@@ -154,7 +132,7 @@ def _in_library(
         per_row=per_row_aside,
         max_rows=max_rows,
     )
-    workspace = torch.empty(max((rows * width for _, rows, width in chunks), default=0), dtype=dtype)
+    whole = torch.empty(max((rows * width for _, rows, width in chunks), default=0), dtype=dtype)
     run_pass = extension.lce_pass_f64 if double else extension.lce_pass_f32
     gradient, threads = call.x_grad or call.weight_grad, torch.get_num_threads()
     written = 0  # classes of dweight that hold a value
@@ -166,7 +144,7 @@ def _in_library(
             x = call.x.index_select(0, order[members])
         if convert_x:
             x = x.to(call.operand_dtype).to(dtype).contiguous()
-        logits = torch.as_strided(workspace, (rows, width), (width, 1))
+        logits = torch.as_strided(whole, (rows, width), (width, 1))
         for part, weight in call.weight_blocks(block, width):
             torch.mm(x, weight.T, out=_columns(logits, part))
         run_pass(
