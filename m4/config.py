@@ -152,6 +152,7 @@ class TrainConfig:
     save_ckpt_freq: float = 1000.0
     keep_ckpts: int = 3  # the newest …
     keep_best: int = 1  # … and so many with the lowest evaluation losses
+    async_checkpoints: bool = True  # a thread writes them from a copy, while training goes on
     resume: str = "auto"  # auto, never, or a checkpoint or run to go on from
     init_from: str | None = None  # weights to start from: a run, a checkpoint or a nano4M file
     stop_after_steps: int | None = None  # save and stop there, with the schedule left as it is

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m4.checkpoint_files import HasWeights
+from m4.checkpoint_files import HasWeights, Weights
 from m4.config import TrainConfig
 from m4.distributed import World
 from m4.distributed.shards import gathered
@@ -146,16 +146,6 @@ def _views(flat: Tensor, bucket: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(p) for part, p in zip(parts, bucket, strict=True)]
 
 
-class _Whole:
-    """Stands for a model that is divided."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self._weights = weights
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._weights
-
-
 class Sharded(Exchange):
     """Divides the parameters of every block, and those of the rest, over the ranks; `model` is changed in place."""
 
@@ -189,7 +179,7 @@ class Sharded(Exchange):
     def whole(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[HasWeights, dict[str, Any]]:
         with self._world.waiting():
             weights = gathered(model.state_dict(), keep=self._world.leads)
-            return _Whole(weights), gathered(optimizer.state_dict(), keep=self._world.leads)
+            return Weights(weights), gathered(optimizer.state_dict(), keep=self._world.leads)
 
     def finish(self, losses: Tensor) -> None:
         with self._world.waiting():
