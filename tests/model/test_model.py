@@ -98,7 +98,8 @@ def test_micro_batches_with_global_counts_add_up() -> None:
     sum(losses.total for losses in part_losses).backward()
     torch.testing.assert_close(sum(x.per_modality for x in part_losses), whole_losses.per_modality)
     for p, want in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-6)
+        # Sums of some 30 tokens in another order, each of up to 64 products: rounding in proportion to the largest.
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference", "reference-matmul"])
@@ -154,7 +155,8 @@ def test_compiles_without_graph_break() -> None:
     losses.total.backward()
     torch.testing.assert_close(losses.per_modality, expected.per_modality)
     for p, want in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-6)
+        # Sums of some 30 tokens in another order, each of up to 64 products: rounding in proportion to the largest.
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(

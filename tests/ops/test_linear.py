@@ -48,14 +48,14 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
     return y if residual is None else y + residual
 
 
-def ours(backend: str | None):  # noqa: ANN201
+def ours(backend: str | None):
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool) -> Tensor:
         return linear(x, weight, bias, residual=residual, gelu=gelu, backend=backend)
 
     return run
 
 
-def results(function, case: Case) -> dict[str, Tensor]:  # noqa: ANN001
+def results(function, case: Case) -> dict[str, Tensor]:
     """The result and the gradients of all tensors."""
     *tensors, gelu, grad = case
     names = ("x", "weight", "bias", "residual")
@@ -66,7 +66,7 @@ def results(function, case: Case) -> dict[str, Tensor]:  # noqa: ANN001
     return {"y": y.detach()} | gradients
 
 
-def assert_right(function, arguments: Case) -> None:  # noqa: ANN001
+def assert_right(function, arguments: Case) -> None:
     """Within the error budget of plain PyTorch in the same dtype; in float64, where that is the truth itself, equal to
     it but for the order of a sum of some hundred products."""
     actual = results(function, arguments)
@@ -80,7 +80,17 @@ def assert_right(function, arguments: Case) -> None:  # noqa: ANN001
 
 # No rows, columns or depth; about a register, a tile and a panel of rows and columns; several slabs of the depth
 # (of 320 words), tasks (of 112 rows) and blocks of columns (of at most 640).
-SHAPES = [(0, 5, 3), (4, 0, 3), (3, 4, 0), (1, 1, 1), (5, 3, 7), (14, 33, 16), (15, 64, 33), (17, 7, 31), (113, 321, 40)]
+SHAPES = [
+    (0, 5, 3),
+    (4, 0, 3),
+    (3, 4, 0),
+    (1, 1, 1),
+    (5, 3, 7),
+    (14, 33, 16),
+    (15, 64, 33),
+    (17, 7, 31),
+    (113, 321, 40),
+]
 SHAPES += [(225, 20, 65), (30, 700, 641), (16, 1300, 24)]
 
 
@@ -236,7 +246,7 @@ def test_opcheck(target: Target) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["cpp", "reference", None])
 def test_compiles_without_graph_break(backend: str | None, autocast: bool) -> None:
-    def run(*args) -> Tensor:  # noqa: ANN002
+    def run(*args) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return ours(backend)(*args)
 

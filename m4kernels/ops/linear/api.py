@@ -1,6 +1,5 @@
 """Public function linear and its registration with torch.library."""
 
-import os
 from typing import Any, cast
 
 import torch
@@ -9,8 +8,15 @@ from torch import Tensor
 
 from m4kernels import _checks, _ext
 from m4kernels._library import Op, is_batched
-from m4kernels.dispatch import AUTO, ENVIRONMENT_VARIABLE, Dispatcher
+from m4kernels.dispatch import AUTO, Dispatcher
 from m4kernels.ops.linear.arguments import OP, LinearArguments, LinearBackend, Wanted
+
+
+def _constant_when_traced(function: Any) -> Any:
+    """`torch.compiler.assume_constant_result`, but that imports Dynamo and Triton, which takes every start seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
 
 dispatcher: Dispatcher[LinearBackend] = Dispatcher(OP, ("cpp", "reference"), LinearBackend)
 
@@ -76,12 +82,12 @@ def own_products_serve(call: LinearArguments) -> bool:
     return call.x.shape[0] >= FEWEST_ROWS and call.foreign_dtype() is None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _named(backend: str) -> str:
-    return backend or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return dispatcher.named(backend)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def why_not_own_products() -> str | None:
     """Why the automatic choice never takes the backend cpp on this machine; None where it does."""
     extension = _ext.load()
