@@ -20,6 +20,15 @@ from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear, linear_cross_entropy
 
 
+class CountedLosses(NamedTuple):
+    """As `Losses`, with the right predictions."""
+
+    total: Tensor
+    per_modality: Tensor
+    counts: Tensor
+    correct: Tensor  # (M,) float32, targets of each modality whose id is the likeliest; detached
+
+
 class Losses(NamedTuple):
     """What a forward pass returns; M = number of modalities."""
 
@@ -86,17 +95,22 @@ class M4(nn.Module):
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, batch: MaskedBatch, target_counts: Tensor | None = None) -> Losses:
+    def forward(
+        self, batch: MaskedBatch, target_counts: Tensor | None = None, *, count_correct: bool = False
+    ) -> Losses | CountedLosses:
         """Training loss of a masked batch.
 
         Args:
             batch: visible tokens and targets.
             target_counts: (M,), denominators of the per-modality means in place of the batch's own counts. With the
                 counts of a global batch the totals of its micro-batches add up to the global batch's loss.
+            count_correct: return `CountedLosses`.
         """
         if self.config.kernels != "auto":
-            return Losses(*padded_losses(self, batch, target_counts))
-        return self.loss(self.decode(batch), batch.decoder, target_counts)
+            losses = CountedLosses(*padded_losses(self, batch, target_counts))
+        else:
+            losses = self.counted_loss(self.decode(batch), batch.decoder, target_counts)
+        return losses if count_correct else Losses(*losses[:3])
 
     def embed_inputs(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
         """(token + modality + position embedding (T, D), position embedding (T, D)) of visible tokens."""
@@ -139,6 +153,10 @@ class M4(nn.Module):
 
     def loss(self, y: Tensor, targets: PackedTokens, target_counts: Tensor | None = None) -> Losses:
         """Mean over modalities of the mean token cross-entropy; a modality without targets counts as 0."""
+        return Losses(*self.counted_loss(y, targets, target_counts)[:3])
+
+    def counted_loss(self, y: Tensor, targets: PackedTokens, target_counts: Tensor | None = None) -> CountedLosses:
+        """As `loss`."""
         counts = targets.segments.counts.sum(0, dtype=torch.int64)
         denominators = (counts if target_counts is None else target_counts).clamp(min=1).float()
         weight = 1.0 / (len(self.config.modalities) * denominators)
@@ -149,7 +167,8 @@ class M4(nn.Module):
             token_weight=weight[targets.modalities],
             vocab_limit=self.vocab_limit(targets),
         )
-        return Losses(result.loss, sum_by_modality(result.nll, targets.modalities, len(counts)) / denominators, counts)
+        nll, correct = (sum_by_modality(x, targets.modalities, len(counts)) for x in (result.nll, result.correct))
+        return CountedLosses(result.loss, nll / denominators, counts, correct)
 
     def logits(self, batch: MaskedBatch) -> Tensor:
         """Logits (T_dec, V) of every target, -inf beyond the vocabulary of its modality. Holds them whole: meant for

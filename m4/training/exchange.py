@@ -49,8 +49,8 @@ class Exchange:
         uses it."""
         return model, optimizer.state_dict()
 
-    def finish(self, losses: Tensor) -> None:
-        """After the last micro-batch: make gradients, and losses (M,) in place, those of all ranks."""
+    def finish(self, figures: Tensor) -> None:
+        """After the last micro-batch: make gradients, and figures of the step in place, the sums over all ranks."""
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """() the norm of all gradients together."""
@@ -82,11 +82,11 @@ class Replicated(Exchange):
         finally:
             self._overlaps = False
 
-    def finish(self, losses: Tensor) -> None:
+    def finish(self, figures: Tensor) -> None:
         with self._world.waiting():
             while len(self._sums) < len(self._buckets):  # all of them in a captured step
                 self._begin()
-            self._sums.append(self._world.sum_of(losses))
+            self._sums.append(self._world.sum_of(figures))
             for begun in self._sums:
                 begun.wait()
         for bucket, flat in zip(self._buckets, self._flat, strict=True):
@@ -181,9 +181,9 @@ class Sharded(Exchange):
             weights = gathered(model.state_dict(), keep=self._world.leads)
             return Weights(weights), gathered(optimizer.state_dict(), keep=self._world.leads)
 
-    def finish(self, losses: Tensor) -> None:
+    def finish(self, figures: Tensor) -> None:
         with self._world.waiting():
-            self._world.sum_of(losses).wait()
+            self._world.sum_of(figures).wait()
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         with self._world.waiting():

@@ -36,17 +36,20 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._held: dict[tuple, Tensor] = {}
+        self._on_gpu = False
 
     @torch.no_grad()
     def __call__(self, tree: Any) -> Any:
         """The tree with copies; those of the call before are overwritten."""
+        self._on_gpu = False
         copied = self._copy(tree, ())
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.current_stream().synchronize()
         return copied
 
     def _copy(self, tree: Any, place: tuple) -> Any:
         if isinstance(tree, Tensor):
+            self._on_gpu |= tree.is_cuda
             held = self._held.get(place)
             if held is None or held.shape != tree.shape or held.dtype != tree.dtype:
                 held = self._held[place] = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
@@ -76,7 +79,7 @@ class Saver:
         self._config, self._schedule, self._identity, self._world = config, schedule, identity, world
         self._in_background = config.async_checkpoints
         self._copy = HostCopy()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")  # started when there is something to write
+        self._thread: ThreadPoolExecutor | None = None  # while there is something to write, on the first rank
         self._begun: int | None = None  # step of the checkpoint that is being written
         self._writing: Future | None = None  # on the first rank
         self.saved_step = -1  # of the newest checkpoint, or of the one that this run was resumed from
@@ -85,6 +88,10 @@ class Saver:
         """Whether there is a checkpoint of this step; waits for one that is being written."""
         self.settle()
         return self.saved_step == step
+
+    def writing(self) -> bool:
+        """Whether this rank is writing a checkpoint at this moment."""
+        return self._writing is not None and not self._writing.done()
 
     def settle(self) -> Exception | None:
         """Wait for the checkpoint that is being written, if there is one; returns what kept it from the disk, which the
@@ -129,7 +136,9 @@ class Saver:
         """Wait for the checkpoint that is being written, on this rank alone: the run ends, and not always together."""
         with suppress(*_FAILURES):  # said when it happened; who needs this checkpoint has asked with `settle`
             self._finish()
-        self._thread.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
     def _begin(self, contents: Contents, run_log: RunLog | None) -> None:
         """Copy, and let the thread write; where there is no memory for that, write at once."""
@@ -144,6 +153,7 @@ class Saver:
             return
         if run_log is not None:
             run_log.flush()  # what leads to a checkpoint is on the disk before it
+        self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
         self._writing = self._thread.submit(self._write_later, copied)
 
     def _write_at_once(self, contents: Contents, run_log: RunLog | None) -> None:

@@ -17,7 +17,7 @@ from m4.build import Stores, build_model, masking_spec, open_stores
 from m4.checkpoint import RunIdentity, check_same_run, checkpoint_bytes, clean_temporaries
 from m4.config import TrainConfig, config_to_dict, config_to_yaml
 from m4.data.tokenizers import code_levels
-from m4.device import HeapTrimmer, enough_memory, pick_device
+from m4.device import TRAINING_DTYPES, HeapTrimmer, enough_memory, matmul_rate, pick_device
 from m4.distributed import World
 from m4.files import write_atomically
 from m4.run.console import TrainingProgress, announce, announce_estimate
@@ -176,15 +176,19 @@ class Trainer:
         """One optimiser step from where the state stands; returns its figures if they were read."""
         position = self.state.position + self.schedule.samples_per_step
         rate = learning_rate(self.schedule.tokens(position), self.config)
-        inputs = self.batches.step(self.state.position)
+        meter = self.progress.meter
+        with meter.data():
+            inputs = self.batches.step(self.state.position)
         self.step.start(inputs.counts, rate)
-        for batch in inputs.micro_batches:
+        for batch in meter.each(inputs.micro_batches):
             self.step.micro_batch(batch.masked)
             self.progress.micro_batch(batch.samples, batch.valid_tokens)
         self.step.update()
         self.state.step += 1
         self.state.position = position
-        self.batches.prepare(position)  # while the device is busy
+        self.progress.launched(None if inputs.targets is None else inputs.targets.tolist())
+        with meter.data():
+            self.batches.prepare(position)  # while the device is busy
         figures = self.report(rate, inputs.targets)
         self.step.release()
         return figures
@@ -202,10 +206,11 @@ class Trainer:
         figures = self.check()
         assert figures is not None
         some = [True] * len(figures.losses) if targets is None else (targets > 0).tolist()
-        losses = [loss if has else None for loss, has in zip(figures.losses, some, strict=True)]
-        metrics = self.progress.step(losses, figures.norm, rate)
+        given = figures.losses, figures.accuracies
+        losses, accuracies = ([x if has else None for x, has in zip(xs, some, strict=True)] for xs in given)
+        metrics = self.progress.step(losses, accuracies, figures.norm, rate)
         if due and self.log is not None:
-            self.log.write("train", self.state.step, metrics)
+            self.log.write("train", self.state.step, {**metrics, **self.progress.meter.figures()})
         return figures
 
     def check(self) -> Figures | None:
@@ -247,7 +252,8 @@ class Trainer:
         if state.evaluated_step == state.step:
             return
         self.check()
-        result, lines = self.evaluator.evaluate(self.model, averaged_model(self.averaged))
+        with self.progress.meter.apart():
+            result, lines = self.evaluator.evaluate(self.model, averaged_model(self.averaged))
         found = loss_that_is_not_finite([x or 0.0 for x in result["per_modality"].values()], self.config.modalities)
         if found is not None:
             raise self.diverged(f"evaluation after step {state.step}: {found}")
@@ -272,6 +278,11 @@ class Trainer:
             try_later: as of `Saver.save`.
         """
         self.check()
+        with self.progress.meter.apart():
+            self.save_what_is_known(try_later=try_later)
+
+    def save_what_is_known(self, *, try_later: bool) -> None:
+        """`save`, once the steps that were launched are known to be finite."""
         if self.saver.has(self.state.step):
             return
         found = self.divergence()
@@ -334,7 +345,9 @@ class Trainer:
             log.info("recording the step as CUDA graphs")
             with self.stop.deferred():
                 self.record(CudaGraphs(self.device, beside_others=self.world.size > 1))
-        self.progress.start()
+        peak = self.config.log.peak_tflops or matmul_rate(self.device, TRAINING_DTYPES[self.config.dtype]) / 1e12
+        log.info("mfu is of %.3g TFLOP/s a device (log.peak_tflops; null: what a matrix product reaches here)", peak)
+        self.progress.start(peak * 1e12 * self.world.size)
         self._checked_at = time.monotonic()
 
     def record(self, recorder: Recorder) -> None:
