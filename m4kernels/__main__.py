@@ -18,7 +18,7 @@ import m4kernels.ops
 from m4kernels import __version__, _ext
 from m4kernels.dispatch import BACKENDS, unavailable, usual_device
 from m4kernels.ops.linear.api import FEWEST_ROWS, why_not_own_products
-from m4kernels.ops.linear.cpp import multiplies_bf16
+from m4kernels.processor import dots_bf16
 
 
 def _versions() -> str:
@@ -41,13 +41,13 @@ def _extension() -> str:
     return f"{extension.__file__}, {cuda}\nSIMD level: {extension.simd_level()}"
 
 
-def _products() -> str:
-    """What multiplies in the layers of a model on this CPU."""
-    why_not = why_not_own_products()
+def _products(dtype: torch.dtype) -> str:
+    """What multiplies numbers of a dtype in the layers of a model on this CPU."""
+    why_not = why_not_own_products(dtype)
     if why_not is not None:
-        return f"PyTorch's ({why_not})"
-    bf16 = "as such" if multiplies_bf16() else "as float32"
-    return f"the extension's (backend cpp of linear, from {FEWEST_ROWS} rows on); bfloat16 is multiplied {bf16}"
+        return f"PyTorch's: {why_not}"
+    own = f"the extension's (backend cpp of linear), from {FEWEST_ROWS} rows on"
+    return own if dtype == torch.float32 or dots_bf16() else f"{own}, as float32"
 
 
 def _gpus() -> str:
@@ -94,7 +94,9 @@ def report() -> int:
     tell("", _versions)
     tell("extension: ", _extension)
     tell("threads: ", lambda: str(torch.get_num_threads()))
-    tell("matrix products of layers on the CPU: ", _products)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        tell(f"products of layers on the CPU, {name}: ", lambda dtype=dtype: _products(dtype))  # type: ignore[misc]
     tell("GPU: ", _gpus)
     for op in sorted(module.name for module in pkgutil.iter_modules(m4kernels.ops.__path__)):
         print(op)

@@ -27,6 +27,8 @@ from m4.training.graphs import Function, Recorder
 from m4.training.guard import Guard, NotFinite
 from m4.training.optimizer import MuonAndAdamW, set_learning_rate
 from m4kernels import MaskedBatch
+from m4kernels.ops.linear import copies
+from m4kernels.processor import slow_bf16
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ def _check_precision(dtype: str, device: torch.device) -> None:
         raise ConfigError(
             f"dtype: fp16 is for GPUs without bfloat16, the device is {device}; use dtype=bf16 or dtype=fp32"
         )
+    if device.type == "cpu" and dtype == "bf16" and (why := slow_bf16()) is not None:
+        log.warning("dtype: bf16 is slower than fp32 on this processor: %s; use dtype=fp32", why)
     if device.type != "cuda" or dtype == "fp32":
         return
     major, minor = torch.cuda.get_device_capability(device)
@@ -201,6 +205,7 @@ class TrainStep:
         self._counts.copy_(counts, non_blocking=True)
         set_learning_rate(self._optimizer, rate)
         self._done = 0
+        copies.begin()  # weights stay as they are until `update`
 
     def micro_batch(self, batch: MaskedBatch) -> None:
         """Forward and backward."""
@@ -218,6 +223,7 @@ class TrainStep:
 
     def update(self) -> None:
         """Clip and update, unless something was not finite."""
+        copies.end()
         self._exchange.finish(self._sums)
         self._recorded.get("update", self._update)()
         self._launched += 1

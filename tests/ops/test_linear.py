@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from m4kernels import linear
+from m4kernels import _ext, linear
 from m4kernels.cases import non_contiguous
 from m4kernels.ops.linear import api, cpp
 from m4kernels.testing import assert_within_error_budget, peak_extra_memory
@@ -111,7 +111,7 @@ def test_against_float64(shape: tuple[int, int, int], gelu: bool, more: bool, dt
 def test_every_level(shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for emulated in (False, True):  # pairs of bfloat16 as levels without such instructions multiply them
         if emulated:
-            monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+            monkeypatch.setattr(cpp, "dots_bf16", lambda: True)
         assert_right(ours("cpp"), case(*shape, gelu=True, more=True).to(dtype))
 
 
@@ -268,14 +268,14 @@ def test_activation_checkpointing_changes_no_bit() -> None:
 def test_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(api, "_op", lambda *args: ran.append(args[-1]))
-    monkeypatch.setattr(api, "why_not_own_products", lambda: None)
+    monkeypatch.setattr(api, "why_not_own_products", lambda dtype: None)
     x, weight = torch.randn(64, 8), torch.randn(4, 8)
     linear(x, weight)
     linear(x.bfloat16(), weight.bfloat16())
     assert ran == ["cpp", "cpp"]
     assert torch.equal(linear(x[:63], weight), F.linear(x[:63], weight))
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
-    monkeypatch.setattr(api, "why_not_own_products", lambda: "another processor")
+    monkeypatch.setattr(api, "why_not_own_products", lambda dtype: "another processor")
     residual = torch.randn(64, 4)
     assert torch.equal(linear(x, weight, gelu=True, residual=residual), F.linear(F.gelu(x), weight) + residual)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
@@ -285,12 +285,17 @@ def test_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran[2:] == ["reference"]
 
 
-@pytest.mark.usefixtures("simd_level")
-def test_the_choice_by_simd_level(simd_level: str) -> None:
-    why = api.why_not_own_products()
-    if simd_level != "auto":
-        assert (why is None) == simd_level.startswith("avx512")
-        assert why is None or simd_level in why
+def test_the_choice_by_processor(simd_level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "has_amx", lambda: False)
+    fast = _ext.require().simd_level()
+    assert (api.why_not_own_products(torch.float32) is None) == fast.startswith("avx512")
+    assert (api.why_not_own_products(torch.bfloat16) is None) == (fast != "portable")
+    if simd_level == "portable":
+        assert "portable" in str(api.why_not_own_products(torch.float32))
+    before = api.why_not_own_products(torch.float32)
+    monkeypatch.setattr(api, "has_amx", lambda: True)  # float32 must not become bfloat16 there
+    assert api.why_not_own_products(torch.float32) == before
+    assert "AMX" in str(api.why_not_own_products(torch.bfloat16))
 
 
 BAD = [

@@ -56,7 +56,7 @@ def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "FEWEST_CLASSES", 1)
     monkeypatch.setattr(cpp, "FEWEST_TOKENS", 0)
     monkeypatch.setattr(cpp, "WIDEST", 2**20)
-    monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(cpp, "dots_bf16", lambda: True)
 
     def refuse(*_: object) -> None:
         raise AssertionError("the library's products ran")
@@ -97,13 +97,13 @@ def test_operands_rounded_to_bf16(tokens: int, dim: int, classes: int, monkeypat
         for name, i in (("dx", 2), ("dweight", 3)):  # the gradients of the logits are, too, as PyTorch rounds them
             assert_within_error_budget(actual[i].float(), plain[i].float(), truth[i], what=name, floor=0, further=1e-7)
         # Products of float32 numbers, for a processor without those of bfloat16: gradients lose nothing either.
-        monkeypatch.setattr(cpp, "multiplies_bf16", lambda: False)
+        monkeypatch.setattr(cpp, "dots_bf16", lambda: False)
         with torch.autocast("cpu", torch.bfloat16):
             actual = gradients(linear_cross_entropy, mixed, CPP)
         for a, t in zip(actual[:4], truth[:4], strict=True):
             if a.dtype == torch.float32:
                 torch.testing.assert_close(a.double(), t, rtol=1e-4, atol=1e-6)
-        monkeypatch.setattr(cpp, "multiplies_bf16", lambda: True)
+        monkeypatch.setattr(cpp, "dots_bf16", lambda: True)
 
 
 @pytest.mark.usefixtures("own_products")

@@ -10,6 +10,7 @@ from m4kernels import _checks, _ext
 from m4kernels._library import Op, is_batched
 from m4kernels.dispatch import AUTO, Dispatcher
 from m4kernels.ops.linear.arguments import OP, LinearArguments, LinearBackend, Wanted
+from m4kernels.processor import has_amx
 
 
 def _constant_when_traced(function: Any) -> Any:
@@ -20,9 +21,10 @@ def _constant_when_traced(function: Any) -> Any:
 
 dispatcher: Dispatcher[LinearBackend] = Dispatcher(OP, ("cpp", "reference"), LinearBackend)
 
-# Where the automatic choice takes our own products (benchmarks/NOTES.md, "linear", has the measurements): registers of
-# 512 bits, and so many rows that packing the weight costs little beside multiplying it. Elsewhere PyTorch's are as fast.
-OWN_LEVELS = ("avx512", "avx512bf16")
+# Where the automatic choice takes our own products (benchmarks/NOTES.md, "linear", has the measurements): so many rows
+# that packing the weight costs little beside multiplying it, and of float32 with registers of 512 bits. Of bfloat16
+# PyTorch's are as fast only with AMX; without instructions for it they are several times slower than ours.
+OWN_LEVELS = {torch.float32: ("avx512", "avx512bf16"), torch.bfloat16: ("avx2", "avx512", "avx512bf16")}
 FEWEST_ROWS = 64
 
 
@@ -52,8 +54,9 @@ def linear(
         bias, residual: any of these dtypes.
         gelu: whether the layer's input is GELU(x).
         backend: "cpp" (CPU; float32 and bfloat16), "reference" or "auto"; default what the variable M4KERNELS_BACKEND
-            names, else auto. The automatic choice is cpp on a CPU with AVX-512, from 64 rows on; elsewhere, and on
-            every GPU, the PyTorch expression above, which PyTorch computes and differentiates.
+            names, else auto. The automatic choice is cpp on a CPU from 64 rows on, in float32 with AVX-512, in bfloat16
+            with AVX2 and no AMX; elsewhere, and on every GPU, the expression above, which PyTorch computes and
+            differentiates.
 
     Returns:
         (T, N), contiguous.
@@ -77,9 +80,9 @@ def linear(
 
 def own_products_serve(call: LinearArguments) -> bool:
     """Whether the automatic choice takes the backend cpp for a call."""
-    if call.device.type != "cpu" or why_not_own_products() is not None:
+    if call.device.type != "cpu" or call.foreign_dtype() is not None or call.x.shape[0] < FEWEST_ROWS:
         return False
-    return call.x.shape[0] >= FEWEST_ROWS and call.foreign_dtype() is None
+    return why_not_own_products(call.operand_dtype) is None
 
 
 @_constant_when_traced
@@ -88,13 +91,16 @@ def _named(backend: str) -> str:
 
 
 @_constant_when_traced
-def why_not_own_products() -> str | None:
-    """Why the automatic choice never takes the backend cpp on this machine; None where it does."""
+def why_not_own_products(dtype: torch.dtype) -> str | None:
+    """Why the automatic choice never takes the backend cpp for operands of float32, of bfloat16, on this machine; None
+    where it does."""
     extension = _ext.load()
     if extension is None:
         return _ext.absent()
+    if dtype == torch.bfloat16 and has_amx():
+        return "the processor has AMX, which PyTorch's products use"
     level = extension.simd_level()
-    return None if level in OWN_LEVELS else f"at the SIMD level {level} PyTorch's products are as fast"
+    return None if level in OWN_LEVELS[dtype] else f"at the SIMD level {level} PyTorch's products are as fast"
 
 
 def _in_pytorch(call: LinearArguments) -> Tensor:

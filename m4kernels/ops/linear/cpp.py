@@ -6,7 +6,9 @@ from torch import Tensor
 
 from m4kernels import _ext
 from m4kernels._workspace import workspace
+from m4kernels.ops.linear import copies
 from m4kernels.ops.linear.arguments import CPU_DTYPES, LinearArguments, Wanted
+from m4kernels.processor import dots_bf16
 
 MatrixTuple = tuple[int, bool, int, int]  # address (0: none), whether bfloat16, strides
 NONE: MatrixTuple = (0, False, 0, 0)
@@ -18,16 +20,11 @@ def can_run(call: LinearArguments) -> str | None:
     return None if other is None else f"it computes in float32 and bfloat16, got {other}"
 
 
-def multiplies_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 numbers; where not, products of rounded operands are of float32."""
-    return _ext.require().simd_level() == "avx512bf16"
-
-
 def linear(call: LinearArguments) -> Tensor:
     """(T, N)"""
     y = torch.empty(call.x.shape[0], call.weight.shape[0], dtype=call.result_dtype)
     bias = None if call.bias is None else call.bias.to(torch.float32).contiguous()
-    _product(call, call.x, call.weight.T, y, a_gelu=call.gelu, bias=bias, residual=call.residual)
+    _product(call, call.x, _weight(call).T, y, a_gelu=call.gelu, bias=bias, residual=call.residual)
     return y
 
 
@@ -38,13 +35,18 @@ def linear_backward(call: LinearArguments, grad: Tensor, wanted: Wanted) -> tupl
     dx, dweight, dbias = (torch.empty(0, dtype=call.x.dtype) for _ in range(3))
     if wanted.x:
         dx = torch.empty(call.x.shape, dtype=call.x.dtype)
-        _product(call, grad, call.weight, dx, slope_at=call.x if call.gelu else None)
+        _product(call, grad, _weight(call), dx, slope_at=call.x if call.gelu else None)
     if wanted.weight:
         dweight = torch.empty(call.weight.shape, dtype=call.weight.dtype)
         _product(call, grad.T, call.x, dweight, b_gelu=call.gelu)
     if wanted.bias and call.bias is not None:
         dbias = grad.sum(0, dtype=torch.float32).to(call.bias.dtype)
     return dx, dweight, dbias
+
+
+def _weight(call: LinearArguments) -> Tensor:
+    """(N, K) as the products read it: within a training step a copy that is rounded already."""
+    return copies.rounded(call.weight) if call.operand_dtype == torch.bfloat16 else call.weight
 
 
 def _product(
@@ -64,7 +66,7 @@ def _product(
     rounded = call.operand_dtype == torch.bfloat16
     (rows, depth), columns = a.shape, b.shape[1]
     shape = {"rows": rows, "columns": columns, "depth": depth, "threads": threads}
-    shape["bf16_products"] = rounded and multiplies_bf16()
+    shape["bf16_products"] = rounded and dots_bf16()
     with workspace(extension.linear_workspace(**shape)) as memory:
         extension.linear(
             a=_matrix(a),

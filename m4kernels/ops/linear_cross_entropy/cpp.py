@@ -16,6 +16,7 @@ from m4kernels import _ext, _memory
 from m4kernels._workspace import workspace
 from m4kernels.backend import runs_always
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
+from m4kernels.processor import dots_bf16
 
 # Rows of a chunk: from 512 on the matrix products run at full speed, and fresh memory for more logits costs time (two
 # AVX-512 cores; see benchmarks/NOTES.md). With few classes more rows, up to 16 MiB of logits, which caches still hold.
@@ -78,7 +79,7 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
     shape: dict[str, int] = {"count": count, "dim": dim, "classes": classes, "threads": threads}
     shape |= {
         "round": round,
-        "bf16_products": round and multiplies_bf16(),
+        "bf16_products": round and dots_bf16(),
         "weight_is_bf16": weight.dtype != torch.float32,
     }
     shape |= {"weight_row": weight.stride(0), "weight_column": weight.stride(1)}
@@ -104,11 +105,6 @@ def _fused(call: LossArguments, pointers: dict[str, int], count: int, dx: Tensor
             rows=rows,
         )
     return True
-
-
-def multiplies_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 numbers; where not, products of rounded operands are of float32."""
-    return _ext.require().simd_level() == "avx512bf16"
 
 
 def _in_library(

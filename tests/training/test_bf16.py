@@ -1,0 +1,53 @@
+"""`dtype: bf16` on a CPU: losses beside those in fp32, weights rounded once a step, a word where it is slow."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from m4.training import step
+from m4.training.trainer import Trainer
+from m4kernels.ops.linear import api, copies
+from tests.training.step_setup import CPU, ON_A_CPU, Steps
+
+
+@pytest.fixture
+def config(tiny_train_config):
+    # More than the 64 rows from which on the layers' products are the extension's, in two micro-batches.
+    return dataclasses.replace(tiny_train_config, batch_size=16, global_batch_size=32)
+
+
+def test_losses_are_within_a_hundredth_of_those_in_fp32(config, monkeypatch):
+    roundings, made = [], []
+    rounded = copies.rounded
+
+    def watched(weight):
+        copy = rounded(weight)
+        roundings.append((id(weight), copies._step))
+        made.append(copy.dtype)
+        return copy
+
+    monkeypatch.setattr(copies, "rounded", watched)
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        figures = Steps(dataclasses.replace(config, dtype=dtype), execution=ON_A_CPU).run(15)
+        losses[dtype] = [sum(one.losses) / len(one.losses) for one in figures]
+    assert losses["fp32"] != losses["bf16"]
+    assert losses["fp32"][-1] < 0.99 * losses["fp32"][0]  # they have learnt something
+    for full, half in zip(losses["fp32"], losses["bf16"], strict=True):
+        assert half == pytest.approx(full, rel=0.01)
+    if api.why_not_own_products(torch.bfloat16) is None:
+        assert set(made) == {torch.bfloat16}
+        assert len(roundings) >= 4 * len(set(roundings))  # read forward and backward, of two micro-batches
+        assert copies.rounded(next(iter(Steps(config).model.parameters()))).dtype == torch.float32  # outside a step
+
+
+@pytest.mark.parametrize(("why", "dtype"), [("it has none", "bf16"), ("it has none", "fp32"), (None, "bf16")])
+def test_it_is_said_once_where_bf16_is_slow(config, why, dtype, monkeypatch, caplog):
+    monkeypatch.setattr(step, "slow_bf16", lambda: why)
+    with caplog.at_level(logging.WARNING):
+        Trainer(dataclasses.replace(config, dtype=dtype), device=CPU).train_step()
+    said = [record.message for record in caplog.records if "bf16" in record.message]
+    expected = "dtype: bf16 is slower than fp32 on this processor: it has none; use dtype=fp32"
+    assert said == ([expected] if why and dtype == "bf16" else [])
