@@ -31,8 +31,8 @@ class Inputs:
 def inputs(samples: int, dim: int, depth: int, encoder: str = "full") -> Inputs:
     """Data of the embedded tokenizer and joints in 8,192 bins."""
     names = (*REFERENCE, *NEXT)
-    shape = {"dim": dim, "head_dim": 32, "enc_depth": depth, "dec_depth": depth}
-    config = ModelConfig(names, [64000, 8192] * 2, [256, 39] * 2, **shape)
+    vocab_sizes, lengths = [64000, 8192] * 2, [256, 39] * 2
+    config = ModelConfig(names, vocab_sizes, lengths, dim=dim, head_dim=32, enc_depth=depth, dec_depth=depth)
     config.attention.encoder = encoder
     torch.manual_seed(0)
     model = M4(config).eval()
@@ -47,8 +47,16 @@ def inputs(samples: int, dim: int, depth: int, encoder: str = "full") -> Inputs:
 def ours(temperature: float) -> Callable[[Inputs], Run]:
     def prepare(given: Inputs) -> Run:
         decoding = Decoding(temperature=temperature)
-        options = {"id_limits": given.limits, "ordinal": given.ordinal, "decoding": decoding}
-        return lambda: generate(given.model, given.tokens, given=REFERENCE, wanted=NEXT, **options)
+        limits, ordinal = given.limits, given.ordinal
+        return lambda: generate(
+            given.model,
+            given.tokens,
+            given=REFERENCE,
+            wanted=NEXT,
+            id_limits=limits,
+            ordinal=ordinal,
+            decoding=decoding,
+        )
 
     return prepare
 

@@ -5,6 +5,7 @@ after it. Rows are the mean tokens of 4 and of 16 samples in the encoder.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -80,10 +81,10 @@ if not ON_GPU:
     PROVIDERS["oneDNN"] = trained(with_product(linear_onednn))
 
 
-def shapes(samples: int, **options: bool) -> dict[str, Case]:
+def shapes(samples: int, *, full: bool = False) -> dict[str, Case]:
     rows = 138 * samples
     return {
-        f"{name}, {samples} samples": Case(lambda shape=shape, more=more: layer(rows, *shape, **more), work, **options)
+        f"{name}, {samples} samples": Case(partial(layer, rows, *shape, **more), work, full=full)
         for name, shape, more in (
             ("qkv", (DIM, 3 * DIM), {}),
             ("projection", (DIM, DIM), {"residual": True}),

@@ -39,11 +39,12 @@ def linear(
 ) -> Tensor:
     """`F.linear(F.gelu(x) if gelu else x, weight, bias) + residual`, without the tensors in between.
 
-    GELU with the exact normal distribution (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) is computed as
-    x is read, and once more in the backward pass; so only x is kept for that. Differentiable once, in all tensors; but
-    what PyTorch computes (see `backend`) as often as PyTorch does.
+    GELU with the exact normal distribution (Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415) is computed
+    as x is read, and once more in the backward pass; so only x is kept for that. Differentiable once, in all tensors;
+    but what PyTorch computes (see `backend`) as often as PyTorch does.
 
-    Products of float32 are of float32 whatever `torch.set_float32_matmul_precision` says, of bfloat16 add up in float32.
+    Products of float32 are of float32 whatever `torch.set_float32_matmul_precision` says, of bfloat16 add up in
+    float32.
     Under `torch.autocast` GELU(x) and weight are rounded to its dtype, bias and residual are not; the result has that
     dtype, or the residual's where it is wider, and a float32 weight receives its gradient in full float32. The backend
     cpp gives the same bits for every number of threads.
