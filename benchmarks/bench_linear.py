@@ -4,6 +4,7 @@ Everybody does the work of one layer with what surrounds it: GELU before the pro
 after it. Rows are the mean tokens of 4 and of 16 samples in the encoder.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,17 +81,13 @@ if not ON_GPU:
     PROVIDERS["oneDNN"] = trained(with_product(linear_onednn))
 
 
-def shapes(samples: int, **options: bool) -> dict[str, Case]:
+def shapes(samples: int, *, full: bool = False) -> dict[str, Case]:
     rows = 138 * samples
-    return {
-        f"{name}, {samples} samples": Case(lambda shape=shape, more=more: layer(rows, *shape, **more), work, **options)
-        for name, shape, more in (
-            ("qkv", (DIM, 3 * DIM), {}),
-            ("projection", (DIM, DIM), {"residual": True}),
-            ("fc1", (DIM, HIDDEN), {}),
-            ("fc2", (HIDDEN, DIM), {"gelu": True, "residual": True}),
-        )
-    }
+    plain = {"qkv": (DIM, 3 * DIM), "fc1": (DIM, HIDDEN)}
+    cases = {name: functools.partial(layer, rows, *shape) for name, shape in plain.items()}
+    cases["projection"] = functools.partial(layer, rows, DIM, DIM, residual=True)
+    cases["fc2"] = functools.partial(layer, rows, HIDDEN, DIM, gelu=True, residual=True)
+    return {f"{name}, {samples} samples": Case(build, work, full=full) for name, build in cases.items()}
 
 
 SUITE = Suite(

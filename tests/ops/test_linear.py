@@ -19,6 +19,13 @@ everywhere = pytest.mark.parametrize("target", TARGETS)
 Target = tuple[str, str]
 
 
+@pytest.fixture
+def for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The automatic choice as for large calls."""
+    monkeypatch.setattr(api, "FEWEST_ROWS", 64)
+    monkeypatch.setattr(api, "NARROWEST", 4)
+
+
 class Case(NamedTuple):
     x: Tensor
     weight: Tensor
@@ -48,14 +55,14 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
     return y if residual is None else y + residual
 
 
-def ours(backend: str | None):  # noqa: ANN201
+def ours(backend: str | None):
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool) -> Tensor:
         return linear(x, weight, bias, residual=residual, gelu=gelu, backend=backend)
 
     return run
 
 
-def results(function, case: Case) -> dict[str, Tensor]:  # noqa: ANN001
+def results(function, case: Case) -> dict[str, Tensor]:
     """The result and the gradients of all tensors."""
     *tensors, gelu, grad = case
     names = ("x", "weight", "bias", "residual")
@@ -66,7 +73,7 @@ def results(function, case: Case) -> dict[str, Tensor]:  # noqa: ANN001
     return {"y": y.detach()} | gradients
 
 
-def assert_right(function, arguments: Case) -> None:  # noqa: ANN001
+def assert_right(function, arguments: Case) -> None:
     """Within the error budget of plain PyTorch in the same dtype; in float64, where that is the truth itself, equal to
     it but for the order of a sum of some hundred products."""
     actual = results(function, arguments)
@@ -80,7 +87,17 @@ def assert_right(function, arguments: Case) -> None:  # noqa: ANN001
 
 # No rows, columns or depth; about a register, a tile and a panel of rows and columns; several slabs of the depth
 # (of 320 words), tasks (of 112 rows) and blocks of columns (of at most 640).
-SHAPES = [(0, 5, 3), (4, 0, 3), (3, 4, 0), (1, 1, 1), (5, 3, 7), (14, 33, 16), (15, 64, 33), (17, 7, 31), (113, 321, 40)]
+SHAPES = [
+    (0, 5, 3),
+    (4, 0, 3),
+    (3, 4, 0),
+    (1, 1, 1),
+    (5, 3, 7),
+    (14, 33, 16),
+    (15, 64, 33),
+    (17, 7, 31),
+    (113, 321, 40),
+]
 SHAPES += [(225, 20, 65), (30, 700, 641), (16, 1300, 24)]
 
 
@@ -200,6 +217,7 @@ def test_float32_stays_float32_whatever_pytorch_may_round() -> None:
     assert (exact["y"] - truth["y"]).abs().max() < 1e-4
 
 
+@pytest.mark.usefixtures("for_all_sizes")
 @pytest.mark.parametrize("backend", ["cpp", "reference", None])
 def test_autocast(backend: str | None) -> None:
     arguments = case(80, 64, 48, gelu=True, more=True)
@@ -233,10 +251,11 @@ def test_opcheck(target: Target) -> None:
             torch.library.opcheck(torch.ops.m4kernels.linear_backward.default, (*backward, *wanted, backend))
 
 
+@pytest.mark.usefixtures("for_all_sizes")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["cpp", "reference", None])
 def test_compiles_without_graph_break(backend: str | None, autocast: bool) -> None:
-    def run(*args) -> Tensor:  # noqa: ANN002
+    def run(*args) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return ours(backend)(*args)
 
@@ -255,6 +274,7 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     assert all(torch.equal(again[name], value) for name, value in kept.items())
 
 
+@pytest.mark.usefixtures("for_all_sizes")
 def test_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(api, "_op", lambda *args: ran.append(args[-1]))
@@ -263,7 +283,15 @@ def test_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     linear(x, weight)
     linear(x.bfloat16(), weight.bfloat16())
     assert ran == ["cpp", "cpp"]
+    monkeypatch.setattr(api, "slow_bf16", lambda: None)
     assert torch.equal(linear(x[:63], weight), F.linear(x[:63], weight))
+    assert torch.equal(linear(x, weight[:3]), F.linear(x, weight[:3]))
+    linear(x[:63].bfloat16(), weight.bfloat16())
+    assert ran == ["cpp", "cpp"]
+    monkeypatch.setattr(api, "slow_bf16", lambda: "no instructions")
+    linear(x[:63].bfloat16(), weight.bfloat16())
+    assert ran == ["cpp", "cpp", "cpp"]
+    ran.pop()
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
     monkeypatch.setattr(api, "why_not_own_products", lambda dtype: "another processor")
     residual = torch.randn(64, 4)

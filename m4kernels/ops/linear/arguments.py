@@ -83,9 +83,7 @@ class LinearArguments(NamedTuple):
         if self.autocast_dtype is None and x.dtype != weight.dtype:
             raise ValueError(f"{OP}: x is {x.dtype}, weight {weight.dtype}; expected the same dtype")
         if self.operand_dtype not in DTYPES:
-            raise ValueError(
-                f"{OP}: the autocast dtype must be float32, bfloat16 or float16, got {self.operand_dtype}"
-            )
+            raise ValueError(f"{OP}: the autocast dtype must be float32, bfloat16 or float16, got {self.operand_dtype}")
 
     def check_gradient(self, grad: Tensor) -> None:
         """Raise ValueError where the gradient of the result does not fit; reads no values."""
