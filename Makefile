@@ -27,7 +27,8 @@ help:
 	@echo "make learn     the same with more videos and steps (more than an hour on one CPU core)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make matrix    run the tests in fresh environments with the oldest and the newest versions (TESTS=... for some)"
-	@echo "make torture   kill -9 a small training run 50 times, saves included: it has to end with the same bits (minutes)"
+	@echo "make torture   kill -9 a small training run 50 times, saves included: it has to end with the same bits (minutes);"
+	@echo "               RANKS=2: one of its two processes"
 	@echo "make bench     set up, run the benchmarks and their guards"
 	@echo "make gpu       on a machine with a GPU, without network: build, CUDA tests, benchmarks, results (10 minutes)"
 	@echo "make gpu-dry-run  rehearse that on the CPU"
@@ -59,9 +60,9 @@ other-sums: setup
 		tests/ops/test_cross_modal_attention.py tests/ops/test_cross_modal_attention_triton.py \
 		tests/ops/test_linear_cross_entropy.py tests/ops/test_linear_cross_entropy_triton.py
 
-# make torture KILLS=10
+# make torture KILLS=10 RANKS=2
 torture: setup
-	$(PY) -m tests.torture --kills $(or $(KILLS),50)
+	$(PY) -m tests.torture --kills $(or $(KILLS),50) --ranks $(or $(RANKS),1)
 
 # make matrix TESTS="tests/ops -x"
 matrix: setup

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.results import machine
-from m4.arguments import CommandParser, whole
+from m4.arguments import CommandParser, check_picture_path, whole
 from m4.cli import python_command, run_command
 from m4.config import TrainConfig, config_to_dict, load_config
 from m4.errors import ConfigError
 from m4.evaluation.next_moment import MOST_FUTURES
 from m4.evaluation.report import report_path
 from m4.files import write_atomically
-from m4.pictures.curves import figure_bytes, variant_curves
+from m4.pictures.curves import FIGURE_ENDINGS, figure_bytes, variant_curves
 from m4.run.directory import SUMMARY_FILE, resolve_paths
 from m4.run.metrics import METRICS_FILE, read_metrics
 
@@ -156,13 +156,27 @@ def execute(command: Sequence[str]) -> int:
     return 128 - status if status < 0 else status
 
 
+def _last_evaluation(run: Run) -> dict[str, Any]:
+    """The last one during training; {} where there is none."""
+    lines = _evaluations(run)
+    return lines[-1] if lines else {}
+
+
+def _evaluations(run: Run) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run.config.run_dir / METRICS_FILE) if line.get("kind") == "eval"]
+
+
 def figures(run: Run) -> dict[str, float | None]:
-    """What the evaluation and the summary of a run say; None for what they do not."""
+    """What the evaluation and the summary of a run say, and of averaged weights its last evaluation during training;
+    None for what they do not."""
     folder = run.config.run_dir
     evaluation = json.loads(report_path(folder, run.config.data.eval_split).read_bytes())
     summary = json.loads((folder / SUMMARY_FILE).read_bytes())
     found = {name: _inside(evaluation, place) for name, place in EVALUATED.items()}
     found |= {f"loss_{name}": loss for name, loss in evaluation["per_modality"].items()}
+    last = _last_evaluation(run)
+    for name, place in (("last_loss", ("loss",)), (f"last_loss_{POSE_LOSS}", ("per_modality", POSE_LOSS))):
+        found |= {name: _inside(last, place), f"averaged_{name}": _inside(last, ("ema", *place))}
     return {**found, "samples_per_s": summary["samples_per_s"]}
 
 
@@ -194,18 +208,31 @@ def table(variants: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def curve(run: Run) -> list[dict[str, float | None]]:
-    """The evaluations during training, as `variant_curves` takes them."""
-    lines = [line for line in read_metrics(run.config.run_dir / METRICS_FILE) if line.get("kind") == "eval"]
+def curve(run: Run, *, averaged: bool = False) -> list[dict[str, float | None]]:
+    """The evaluations during training, as `variant_curves` takes them; of averaged weights there are losses only."""
+    if averaged:
+        return [
+            {
+                "samples": _samples(run, line),
+                "error_px": None,
+                "copy_px": None,
+                "loss": _inside(line, ("ema", "per_modality", POSE_LOSS)),
+            }
+            for line in _evaluations(run)
+        ]
     return [
         {
-            "samples": round(line["tokens"] * 1e6 / run.config.num_tokens_per_sample),
+            "samples": _samples(run, line),
             "error_px": _inside(line, ("next", "pose", "error_px")),
             "copy_px": _inside(line, ("next", "pose", "copy", "error_px")),
             "loss": _inside(line, ("per_modality", POSE_LOSS)),
         }
-        for line in lines
+        for line in _evaluations(run)
     ]
+
+
+def _samples(run: Run, line: Mapping[str, Any]) -> int:
+    return round(line["tokens"] * 1e6 / run.config.num_tokens_per_sample)
 
 
 def ablate(
@@ -251,6 +278,8 @@ def draw(runs: Sequence[Run], path: Path) -> bool:
     variants: dict[str, list] = {}
     for run in runs:
         variants.setdefault(run.label, []).append(curve(run))
+        if run.config.ema:
+            variants.setdefault(f"{run.label}, averaged weights", []).append(curve(run, averaged=True))
     figure = variant_curves(variants, POSE_LOSS)
     if figure is not None:
         write_atomically(path, figure_bytes(figure, path.suffix))
@@ -264,6 +293,8 @@ def main() -> int:
         if key in varied:
             raise ConfigError(f"--vary: {key} is given twice; list its values in one: {key}=A,B")
         varied[key] = values
+    picture = arguments.picture or arguments.out / "ablation.png"
+    check_picture_path("--picture", picture, FIGURE_ENDINGS)
     runs = planned(arguments.config, varied, arguments.seeds, arguments.set, arguments.out)
     arguments.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join([python_command(), "-m", "benchmarks.ablation", *sys.argv[1:]])
@@ -282,7 +313,6 @@ def main() -> int:
             return failed.status
         raise
     print(table(results["variants"]))
-    picture = arguments.out / "ablation.png"
     drawn = f" and {picture}" if draw(runs, picture) else "; no picture, since no run has poses"
     print(f"wrote {arguments.out / 'ablation.json'}{drawn}")
     return 0
@@ -299,6 +329,8 @@ def _arguments() -> argparse.Namespace:
     settings = "what all runs have in common"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=settings)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the results")
+    picture = "where to draw the curves (default: OUT/ablation.png)"
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
     futures = "next poses to draw for every sample, as of m4.evaluate (default 0: none)"
     parser.add_argument("--samples", type=whole(0, MOST_FUTURES), default=0, metavar="N", help=futures)
     parser.add_argument("--max-samples", type=whole(1), metavar="N", help="evaluate the first N only (default: all)")

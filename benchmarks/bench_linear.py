@@ -4,8 +4,8 @@ Everybody does the work of one layer with what surrounds it: GELU before the pro
 after it. Rows are the mean tokens of 4 and of 16 samples in the encoder.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -83,11 +83,15 @@ if not ON_GPU:
 
 def shapes(samples: int, *, full: bool = False) -> dict[str, Case]:
     rows = 138 * samples
-    plain = {"qkv": (DIM, 3 * DIM), "fc1": (DIM, HIDDEN)}
-    cases = {name: functools.partial(layer, rows, *shape) for name, shape in plain.items()}
-    cases["projection"] = functools.partial(layer, rows, DIM, DIM, residual=True)
-    cases["fc2"] = functools.partial(layer, rows, HIDDEN, DIM, gelu=True, residual=True)
-    return {f"{name}, {samples} samples": Case(build, work, full=full) for name, build in cases.items()}
+    return {
+        f"{name}, {samples} samples": Case(partial(layer, rows, *shape, **more), work, full=full)
+        for name, shape, more in (
+            ("qkv", (DIM, 3 * DIM), {}),
+            ("projection", (DIM, DIM), {"residual": True}),
+            ("fc1", (DIM, HIDDEN), {}),
+            ("fc2", (HIDDEN, DIM), {"gelu": True, "residual": True}),
+        )
+    }
 
 
 SUITE = Suite(

@@ -15,6 +15,8 @@ from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4.batches.train import MicroBatch, StepBatches
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
+from m4.model.flops import training_flop
+from m4.training.adamw import AdamW
 from m4.training.trainer import Stores, Trainer
 from m4kernels import MaskedBatch, PackedTokens, Segments
 from m4kernels.cases import M4_INPUT_MEANS, M4_MAX_SEQ_LENS, M4_TARGET_MEANS, random_packed
@@ -66,6 +68,8 @@ def step(kernels: str) -> Callable[[MaskedBatch], Run]:
 
         def run() -> None:
             one.model.config = config
+            assert isinstance(one.optimizer, AdamW)
+            one.optimizer.in_one_pass = kernels == "auto"
             one.batches = OneStep(batch)  # type: ignore[assignment]
             one.train_step()
 
@@ -76,12 +80,8 @@ def step(kernels: str) -> Callable[[MaskedBatch], Run]:
 
 def work(batch: MaskedBatch) -> Work:
     """Matrix products of the packed tokens; attention's own share is below 3 %."""
-    visible, targets = batch.encoder.ids.shape[0], batch.decoder.ids.shape[0]
-    dim, hidden, depth = 640, 2560, 8
-    encoder = depth * (4 * dim * dim + 2 * dim * hidden)
-    decoder = depth * (6 * dim * dim + 2 * dim * hidden) + VOCABULARY[0] * dim
-    context = depth * 2 * dim * dim + dim * dim
-    amount = 6.0 * (visible * (encoder + context) + targets * decoder)
+    targets = batch.decoder.segments.counts.sum(0).tolist()
+    amount = training_flop(TrainConfig().model_config(), len(batch.encoder.ids), targets)
     return Work(amount, "FLOP", "FLOP = 6 x (packed tokens x weights that multiply them)")
 
 

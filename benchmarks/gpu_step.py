@@ -18,6 +18,7 @@ from m4.batches.packing import drawn_counts
 from m4.build import masking_spec
 from m4.config import ModelSection, TrainConfig
 from m4.data.store import TokenStore
+from m4.model.flops import training_flop
 from m4.schedule import Schedule
 from m4.training.graphs import CudaGraphs, Recorder
 from m4.training.step import Execution
@@ -51,12 +52,8 @@ def work(inputs: Recipe) -> Work:
     config = inputs.config
     samples = Schedule.of(config, 1).samples_per_step
     drawn = drawn_counts(masking_spec(config), seed=config.seed, sample_ids=np.arange(100 * samples))
-    visible, targets = (float(counts.sum()) / 100 for counts in drawn)
-    dim, hidden, model = config.model.dim, int(config.model.dim * config.model.mlp_ratio), config.model
-    encoder = model.enc_depth * (4 * dim * dim + 2 * dim * hidden)
-    decoder = model.dec_depth * (6 * dim * dim + 2 * dim * hidden) + max(config.vocab_sizes) * dim
-    context = model.dec_depth * 2 * dim * dim + dim * dim
-    amount = 6.0 * (visible * (encoder + context) + targets * decoder)
+    visible, targets = (counts.sum(0) / 100 for counts in drawn)
+    amount = training_flop(config.model_config(), float(visible.sum()), targets.tolist())
     return Work(amount, "FLOP", "FLOP = 6 x (packed tokens x weights that multiply them)")
 
 

@@ -10,7 +10,9 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_version") = M4K_EXPAND(M4K_CUDA_VERSION);  // of the toolkit: "13.0", or ""
     m.attr("cuda_archs") = M4K_EXPAND(M4K_CUDA_ARCHS);      // "80;90"; the last is there as PTX, too
     m4k::bind_simd(m);
+    m4k::bind_adamw_step(m);
     m4k::bind_block(m);
+    m4k::bind_embedding(m);
     m4k::bind_linear(m);
     m4k::bind_linear_cross_entropy(m);
     m4k::bind_segments(m);

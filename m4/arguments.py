@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from m4.config_values import shortened, shown
 from m4.device import DEVICE_NAMES
@@ -16,7 +17,14 @@ from m4.files import writable_file
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, whose mistakes are raised as ConfigError instead of printed below the usage."""
+    """argparse, whose mistakes are raised as ConfigError instead of printed below the usage.
+
+    prog: ``python -m m4.NAME``; where the console script runs the command (`m4.__main__`) its help says ``m4 NAME``.
+    """
+
+    def __init__(self, *, prog: str | None = None, **options: Any) -> None:
+        script = (prog or "").replace("python -m m4.", "m4 ")
+        super().__init__(prog=script if script == sys.argv[0] else prog, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from m4.data.sample_set import make_sample_set
 from m4.data.store import TokenStore, open_store
 from m4.distributed import World
 from m4.errors import ConfigError
+from m4.modalities import IMAGE_LEVELS
 from m4.model import M4, ModelConfig
 from m4kernels import MaskingSpec
 
@@ -34,10 +35,14 @@ def model_config(config: TrainConfig) -> ModelConfig:
     return config.model_config()
 
 
-def build_model(config: TrainConfig, device: torch.device) -> M4:
-    """The model with weights drawn from ``seed``, the same on every device."""
+def build_model(config: TrainConfig, device: torch.device, code_levels: Sequence[int] = IMAGE_LEVELS) -> M4:
+    """The model with weights drawn from ``seed``, the same on every device.
+
+    code_levels: of the data (`m4.data.tokenizers.code_levels`), for initial values; weights that are loaded afterwards
+    need none.
+    """
     torch.manual_seed(config.seed)
-    return M4(model_config(config)).to(device)
+    return M4(model_config(config), code_levels).to(device)
 
 
 def masking_spec(config: TrainConfig) -> MaskingSpec:

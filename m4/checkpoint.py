@@ -78,6 +78,7 @@ FREE_KEYS = {
     "training_time",
     "keep_ckpts",
     "keep_best",
+    "async_checkpoints",
     "resume",
     "init_from",
     "save_ckpt_freq",

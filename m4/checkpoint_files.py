@@ -19,6 +19,16 @@ class HasWeights(Protocol):
     def state_dict(self) -> dict[str, torch.Tensor]: ...
 
 
+class Weights:
+    """Stands for a model: its weights by name."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._weights
+
+
 def content(path: Path, expected: dict[str, Any]) -> bytes:
     """What is in a file whose digest is known: read once, to be compared and used. Raises CheckpointError."""
     content = path.read_bytes()

@@ -67,6 +67,7 @@ _NULL_MEANS = {
     "model.attention": "full attention",
     "data.root": "the sample set",
     "data.cache_dir": "next to the data",
+    "log.peak_tflops": "measured",
     "log.wandb_entity": "your own",
     "log.wandb_run_name": "run_name",
 }
@@ -106,6 +107,7 @@ class LogSection:
     """What is written beside ``metrics.jsonl``, and how often (in optimiser steps)."""
 
     every: int = 1
+    peak_tflops: float | None = None  # of a device, for mfu; null: measured
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "m4"
@@ -152,6 +154,7 @@ class TrainConfig:
     save_ckpt_freq: float = 1000.0
     keep_ckpts: int = 3  # the newest …
     keep_best: int = 1  # … and so many with the lowest evaluation losses
+    async_checkpoints: bool = True  # a thread writes them from a copy, while training goes on
     resume: str = "auto"  # auto, never, or a checkpoint or run to go on from
     init_from: str | None = None  # weights to start from: a run, a checkpoint or a nano4M file
     stop_after_steps: int | None = None  # save and stop there, with the schedule left as it is
@@ -348,6 +351,8 @@ def _check(c: TrainConfig) -> None:
         require(getattr(c, key) is None or getattr(c, key) > 0, key, f"a value above 0{or_null}")
     require(c.data.sample_videos > 0, "data.sample_videos", "a value above 0")
     require(c.log.every > 0, "log.every", "a value above 0")
+    peak = c.log.peak_tflops
+    require(peak is None or 0 < peak <= 1e9, "log.peak_tflops", "TFLOP/s above 0 and at most 1e9, or null: measured")
     for key in ("seed", "eval_seed"):
         require(getattr(c, key) >= 0, key, "a value in 0 … 2^63 - 1")
     for key in ("eval_generate_samples", "keep_best"):

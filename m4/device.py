@@ -133,6 +133,18 @@ def device_of_rank(name: str, world: World) -> torch.device:
     return pick_device(f"cuda:{world.local_rank}")
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second that a square matrix product reaches here, the best of a few; milliseconds of work."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):  # the first ones also choose a kernel and start threads
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     """Mixed precision for ``dtype: bf16``, and for ``fp16`` on a GPU (a CPU looks at such a run in float32): weights,
     gradients and optimiser stay in float32."""

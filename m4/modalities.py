@@ -225,6 +225,13 @@ class RowLayout:
             marks[span][modality.coordinates] = True
         return marks
 
+    def pictures(self) -> Tensor:
+        """bool (L,): where ids are image codes."""
+        marks = torch.zeros(self.length, dtype=torch.bool)
+        for modality, span in zip(self.described, self.spans, strict=True):
+            marks[span] = modality.kind == "image"
+        return marks
+
     def id_limits(self, meta: Mapping[str, Any]) -> Tensor:
         """int64 (L,): the ids of data with this meta.json are below it; of visibility 2. At most the vocabulary."""
         limits = torch.empty(self.length, dtype=torch.int64)

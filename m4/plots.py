@@ -1,33 +1,137 @@
-"""Loss curves of a run, from its metrics.jsonl: ``python -m m4.plots --run runs/NAME [--out curve.png]``."""
+"""Pictures of a run or a recipe: ``python -m m4.plots --run runs/NAME [--what masks] [--out picture.png]``.
+
+losses: loss and pose error over training, from metrics.jsonl. masks: which tokens of the first samples are input,
+target, unused. attention: which tokens may look at which. schedule: the learning rate, and when evaluations and saves
+are due.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from m4.arguments import CommandParser, check_picture_path, run_directory
+import numpy as np
+from matplotlib.figure import Figure
+
+from m4.arguments import CommandParser, check_picture_path, run_directory, whole
+from m4.batches.states import INPUT, TARGET, mask_states
 from m4.cli import run_command
-from m4.config import load_config
+from m4.config import TrainConfig, load_config
 from m4.errors import ConfigError
 from m4.files import write_atomically
+from m4.modalities import RowLayout
+from m4.model.config import allow_matrix
 from m4.pictures.curves import FIGURE_ENDINGS, figure_bytes, loss_curves
+from m4.pictures.masks import attention_patterns, mask_layouts, schedule_curve
 from m4.run.metrics import METRICS_FILE, read_metrics
+from m4.schedule import LearningRate, Schedule
+
+_SAMPLES, _MOST_SAMPLES = 6, 40
+_ROW = 32  # tokens in a row of a modality that has no shape of its own
+_POINTS = 500  # of a curve
 
 
 def main() -> int:
-    parser = CommandParser(prog="python -m m4.plots", description="Draw the loss curves of a run.")
-    parser.add_argument("--run", type=run_directory, required=True, help="run directory, for example runs/M4-tiny")
-    parser.add_argument("--out", type=Path, help="picture to write (default: loss.png in the run directory)")
-    arguments = parser.parse_args()
-    out = arguments.out or arguments.run / "loss.png"
+    parser = CommandParser(
+        prog="python -m m4.plots",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--run", type=run_directory, help="run directory, for example runs/M4-tiny")
+    whose.add_argument("--config", type=Path, metavar="FILE", help="in place of a run, a recipe; not for losses")
+    parser.add_argument("--what", choices=["losses", *_OF_A_RECIPE], default="losses", help="default losses")
+    samples = f"whose masks are drawn (default {_SAMPLES})"
+    parser.add_argument("--samples", type=whole(1, _MOST_SAMPLES), default=_SAMPLES, metavar="N", help=samples)
+    out = "picture to write (default, of a run: loss.png, masks.png, … in its folder)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
+    asked = parser.parse_args()
+    if asked.run is None and (asked.what == "losses" or asked.out is None):
+        lacking = "--run: losses are of a run" if asked.what == "losses" else "--out: name the picture to write"
+        raise ConfigError(f"{lacking} (see {parser.prog} --help)")
+    name = "loss" if asked.what == "losses" else asked.what
+    out = asked.out or asked.run / f"{name}.png"
     check_picture_path("--out", out, FIGURE_ENDINGS)
-    train, evaluations = read_losses(arguments.run / METRICS_FILE)
-    figure = loss_curves(train, evaluations, read_unigram(arguments.run))
+    figure = _losses(asked.run) if asked.what == "losses" else _OF_A_RECIPE[asked.what](_config(asked), asked.samples)
     write_atomically(out, figure_bytes(figure, out.suffix))
     print(f"wrote {out}")
     return 0
+
+
+def _losses(run: Path) -> Figure:
+    train, evaluations = read_losses(run / METRICS_FILE)
+    return loss_curves(train, evaluations, read_unigram(run))
+
+
+def _config(asked: argparse.Namespace) -> TrainConfig:
+    path = asked.config or asked.run / "config.yaml"
+    if asked.run is not None and not path.is_file():
+        raise ConfigError(f"--run: {asked.run} holds no config.yaml; name a recipe with --config FILE")
+    return load_config(path)[0]
+
+
+def _masks(config: TrainConfig, samples: int) -> Figure:
+    layout = RowLayout.of(config)
+    states = mask_states(config, samples)
+    return mask_layouts(
+        [{name: _in_rows(row[layout.span(name)], layout[name].shape) for name in layout.modalities} for row in states]
+    )
+
+
+def _in_rows(states: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """States (T,) as rows and columns: of the modality's shape, or line by line, the last filled up as unused."""
+    if len(shape) == 2:
+        return states.reshape(shape)
+    width = min(_ROW, len(states))
+    rows = -(-len(states) // width)
+    return np.pad(states, (0, rows * width - len(states))).reshape(rows, width)
+
+
+def _attention(config: TrainConfig, _: int) -> Figure:
+    """Of the first sample in training."""
+    layout, model = RowLayout.of(config), config.model_config()
+    (states,) = mask_states(config, 1)
+    counts = {
+        state: np.array([int((states[span] == state).sum()) for span in layout.spans]) for state in (INPUT, TARGET)
+    }
+    sides = {"encoder": (INPUT, INPUT), "decoder": (TARGET, TARGET), "cross": (TARGET, INPUT)}
+    panels = {}
+    for key, (queries, keys) in sides.items():
+        pattern = getattr(model.attention, key)
+        allow = allow_matrix(pattern, len(layout.modalities), f"attention.{key}")
+        matrix = np.ones((len(counts[queries]),) * 2, bool) if allow is None else allow.numpy()
+        title = pattern if isinstance(pattern, str) else "by modality"
+        panels[f"{key} ({title})"] = counts[queries], counts[keys], matrix
+    return attention_patterns(layout.modalities, panels)
+
+
+def _schedule(config: TrainConfig, _: int) -> Figure:
+    schedule, rate = Schedule.of(config, 1), LearningRate.of(config)
+    tokens = np.linspace(0, config.total_tokens, _POINTS)
+    due = {"evaluation": config.eval_freq, "checkpoint": config.save_ckpt_freq}
+    marks = {what: _due(schedule, every) for what, every in due.items()}
+    return schedule_curve(tokens.tolist(), [rate.at(float(t)) for t in tokens], marks)
+
+
+def _due(schedule: Schedule, every: float) -> list[float]:
+    """Counted tokens after which something is due, as many as a picture can show; the end of the run is among them."""
+    found: list[float] = []
+    step = 0
+    while step < schedule.steps and len(found) < _POINTS:
+        step = schedule.next_due(every, step)
+        found.append(schedule.tokens(step * schedule.samples_per_step))
+    return found
+
+
+_OF_A_RECIPE: dict[str, Callable[[TrainConfig, int], Figure]] = {
+    "masks": _masks,
+    "attention": _attention,
+    "schedule": _schedule,
+}
 
 
 def read_losses(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

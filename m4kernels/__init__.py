@@ -1,7 +1,9 @@
 """Fast kernels for masked multimodal models: each op is one function with a plain PyTorch reference."""
 
 from m4kernels._version import __version__
+from m4kernels.ops.adamw_step.api import adamw_step
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
+from m4kernels.ops.embedding.api import embedding
 from m4kernels.ops.linear.api import linear
 from m4kernels.ops.linear_cross_entropy.api import LinearCrossEntropyOutput, linear_cross_entropy
 from m4kernels.ops.mask_tokens.api import mask_tokens
@@ -16,8 +18,10 @@ __all__ = [
     "PackedTokens",
     "Segments",
     "__version__",
+    "adamw_step",
     "cross_modal_attention",
     "dequantize_coords",
+    "embedding",
     "linear",
     "linear_cross_entropy",
     "mask_tokens",

@@ -3,6 +3,7 @@
 What is broken is told in a line of its own and does not end the report; then the exit status is 1.
 """
 
+import argparse
 import importlib.util
 import os
 import pkgutil
@@ -70,6 +71,14 @@ def _backend(op: str, backend: str) -> str:
 
 
 def main() -> int:
+    """The command: it has no options."""
+    prog = "m4 kernels" if sys.argv[0] == "m4 kernels" else "python -m m4kernels"
+    what = "Which kernels run here and why not: versions, extension, GPUs, every op and backend; for bug reports."
+    argparse.ArgumentParser(prog=prog, description=what).parse_args()
+    return report()
+
+
+def report() -> int:
     """Print the report; 1 when a part of it could only say what is broken, else 0."""
     broken = 0
 

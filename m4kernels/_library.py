@@ -180,6 +180,31 @@ class Op:
         return torch.stack(tuple(results))
 
 
+def define_in_place(
+    schema: str, implementation: Callable[..., None], fake: Callable[..., None], changes: tuple[int, ...]
+) -> Callable[..., None]:
+    """An op of the namespace that changes lists of tensors and returns nothing; without a derivative.
+
+    Args:
+        schema: such as `"double(Tensor(a!)[] xs, str backend) -> ()"`.
+        implementation: called with real tensors.
+        fake: called with fake ones, to refuse what does not fit.
+        changes: places of the arguments that it changes. Their tensors' versions go up, so that autograd refuses a
+            backward pass which would need what they held before.
+    """
+    name = schema.split("(", 1)[0]
+
+    def run(*args: Any) -> None:
+        implementation(*args)
+        for place in changes:
+            torch.autograd.graph.increment_version(args[place])
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"m4kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.m4kernels, name).default
+
+
 class _Guarded:
     """The library as `torch.library.register_autograd` uses it: its kernel would drop tangents without a word, and
     cannot be transformed."""

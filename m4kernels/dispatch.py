@@ -164,6 +164,12 @@ class Dispatcher(Generic[B]):
             return f"{self.op} has no such backend"
         return unavailable(backend, call.device.type) or self.module(backend).can_run(call)
 
+    def named(self, backend: str) -> str:
+        """``backend``, or with "" what `M4KERNELS_BACKEND` names for this op: an op that has no such backend at all
+        chooses automatically. (Named in a call, such a backend is an error.)"""
+        named = backend or os.environ.get(ENVIRONMENT_VARIABLE, "")
+        return AUTO if not backend and named in BACKENDS and named not in self.backends else named
+
     def select(self, backend: str, call: Call) -> B:
         """The module of `backend`; with "" of the one that `M4KERNELS_BACKEND` names; of the fastest that can run where
         neither names one, or "auto".
@@ -171,8 +177,7 @@ class Dispatcher(Generic[B]):
         Raises:
             ValueError: the name is unknown, or the named backend cannot run this call.
         """
-        named = backend or os.environ.get(ENVIRONMENT_VARIABLE, "")
-        device = call.device
+        named, device = self.named(backend), call.device
         settled = self._settled.get((named, device))
         if settled is not None:
             return settled

@@ -73,15 +73,15 @@ def overflow(trainer):
 
 
 def fill_disk(trainer, steps):
-    """The first rank cannot write while these steps are the last ones done."""
-    write = trainer.write
+    """The first rank cannot write checkpoints of these steps."""
+    write = trainer.saver._write
 
-    def limited(model, contents):
-        if trainer.state.step in steps:
+    def limited(contents):
+        if contents.step in steps:
             raise OSError(28, "No space left on device", "state.pt")
-        write(model, contents)
+        write(contents)
 
-    trainer.write = limited
+    trainer.saver._write = limited
 
 
 def hang(trainer, how):

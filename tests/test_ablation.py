@@ -58,8 +58,10 @@ class Pretended:
             "kind": "eval",
             "step": 1,
             "tokens": tokens,
+            "loss": 5.5,
             "per_modality": losses,
             "next": {"pose": self.pose(config)},
+            **({"ema": {"loss": 4.5, "per_modality": {"coords_next": 5.0 - tokens}}} if config.ema else {}),
         }
 
 
@@ -132,6 +134,28 @@ def test_results(plan, execute, tiny_config, tmp_path):
     curve = ablation.curve(runs[0])
     assert [line["samples"] for line in curve] == [0, 8, 16]
     assert curve[0] == {"samples": 0, "error_px": 20.0, "copy_px": 8.0, "loss": 6.0}
+
+
+def test_averaged_weights_are_drawn_beside_the_trained_ones(plan, execute, tiny_config, tmp_path, monkeypatch):
+    """Of the same evaluations; a variant without them has none."""
+    runs, drawn = plan({"ema": ["0", "0.9"]}, seeds=(0, 1)), {}
+
+    def noted(variants, loss):
+        drawn.update(variants)
+        return variant_curves(variants, loss)
+
+    monkeypatch.setattr(ablation, "variant_curves", noted)
+    results = ablate(tiny_config, runs, tmp_path / "out", execute=execute)
+    assert draw(runs, tmp_path / "elsewhere.png")
+    assert list(drawn) == ["ema=0", "ema=0.9", "ema=0.9, averaged weights"]
+    averaged = drawn["ema=0.9, averaged weights"]
+    assert [[line["loss"] for line in run] for run in averaged] == [pytest.approx([5.0, 4.992, 4.984])] * 2
+    assert {line["error_px"] for run in averaged for line in run} == {None}
+    figures = [run["figures"] for run in results["runs"]]
+    assert [one["last_loss"] for one in figures] == [5.5] * 4
+    assert [one["averaged_last_loss"] for one in figures] == [None, None, 4.5, 4.5]
+    assert figures[3]["averaged_last_loss_coords_next"] == pytest.approx(4.984)
+    assert "| - | 5.984 ± 0 | - |" in table(results["variants"]).splitlines()[2]
 
 
 def test_what_is_evaluated_is_not_run_again(plan, execute, tiny_config, tmp_path):

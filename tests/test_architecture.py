@@ -29,7 +29,7 @@ ROOMS = [
         "m4.device",
         "m4.pictures",
     ],
-    ["m4.data"],
+    ["m4.data", "m4.poses"],
     ["m4.data.synthetic"],
     ["m4.data.preparation"],
     ["m4.data.inspection", "m4.data.sample_set"],
@@ -42,7 +42,7 @@ ROOMS = [
     ["m4.generation"],
     ["m4.evaluation"],
     ["m4.training"],
-    ["m4.train", "m4.evaluate", "m4.generate", "m4.plots", "m4.data.__main__"],
+    ["m4.train", "m4.evaluate", "m4.generate", "m4.plots", "m4.data.__main__", "m4.__main__"],
 ]
 # (module, module it must not reach by any chain of imports): what trains must not need what prepares.
 APART = [

@@ -82,18 +82,45 @@ def test_arguments_of_saved_runs(call, no_work, saved_run, tmp_path, command, ar
         (["--temperature", "-inf"], ["--temperature"]),
         (["--temperature", "1e30"], ["--temperature", "1e30"]),
         (["--temperature", "warm"], ["--temperature", "'warm'"]),
-        (["--seed", str(2**54)], ["--seed", f"0 … {2**44 - 1}", str(2**54)]),
+        (["--seed", str(2**64)], ["--seed", f"0 … {2**64 - 1}", str(2**64)]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--seed", "1.5"], ["--seed", "'1.5'"]),
         (["--seed", "9" * 5000], ["--seed", "…"]),
         (["--steps", "0"], ["--steps", "at least 1"]),
         (["--steps", str(10**9)], ["--steps", "1 … 295", str(10**9)]),
-        (["--samples", "0"], ["--samples", "1 … 60"]),
+        (["--samples", "0"], ["--samples", "at least 1"]),
         (["--samples", "-3"], ["--samples", "-3"]),
-        (["--samples", str(10**9)], ["--samples", "1 … 60", str(10**9)]),
+        (["--samples", str(10**9)], ["--samples", "1 … 6", "eval", str(10**9)]),
+        (["--samples", "2", "--pids", "000001"], ["--pids", "not allowed with", "--samples"]),
+        (["--pids", "000001", "nosuch"], ["--pids", "eval, such as 000000, 000001, 000002", "'nosuch'"]),
+        (["--given", "depth"], ["--given", "tok_rgb, coords, tok_rgb_next, coords_next", "'depth'"]),
+        (["--wanted", "depth"], ["--wanted", "'depth'"]),
+        (["--given", "coords,coords"], ["--given", "different names", "'coords,coords'"]),
+        (["--given", ""], ["--given", "''"]),
+        (["--wanted", "none"], ["--wanted", "name what to predict"]),
+        (["--given", "coords", "--wanted", "tok_rgb,coords"], ["--given, --wanted", "coords in both"]),
+        (["--given", "none", "--guidance", "2"], ["--guidance", "nothing is given"]),
+        (["--guidance", "1e9"], ["--guidance", "0 … 1000"]),
+        (["--wanted", "coords_next", "--steps", "40"], ["--steps", "1 … 39", "40"]),
+        (["--top-p", "1.1"], ["--top-p", "0 … 1"]),
+        (["--top-k", "0"], ["--top-k", "1 …"]),
+        (["--schedule", "square"], ["--schedule", "cosine", "square"]),
+        (["--order", "raster"], ["--order", "confidence", "raster"]),
+        (["--temperature-schedule", "onex"], ["--temperature-schedule", "onex"]),
+        (["--rollout", "0"], ["--rollout", "1 … 60"]),
+        (["--rollout", "2", "--wanted", "coords", "--given", "tok_rgb"], ["--rollout", "tok_rgb_next, coords_next"]),
+        (["--rollout", "2", "--given", "tok_rgb_next", "--wanted", "coords_next"], ["--rollout", "tok_rgb, coords"]),
+        (["--image", "nowhere.png"], ["nowhere.png", "No such file"]),
+        (["--image", __file__], [__file__, "a whole image file"]),
+        (["--pose", "pose.json"], ["--pose", "--image"]),
+        (["--image", __file__, "--given", "coords"], ["--given", "--pose FILE"]),
+        (["--image", __file__, "--given", "coords_next", "--wanted", "coords"], ["--given", "prepared samples"]),
+        (["--image", __file__, "--split", "eval"], ["--split", "--image"]),
+        (["--image", __file__, "--pids", "000001"], ["--pids", "--image"]),
+        (["--seconds", "0"], ["--seconds"]),
         (["--samples", "7"], ["--samples", "1 … 6", "eval", "7"]),
         (["--cosmos-dir", "/nowhere"], ["--cosmos-dir", "'/nowhere'"]),
-        (["--out", "g.xyz"], ["--out", ".png, .jpg", "'g.xyz'"]),
+        (["--out", "g.xyz"], ["--out", ".png, .jpg", ".npz, .json", "'g.xyz'"]),
         (["--out", "g"], ["--out", "'g'"]),
         (["--out", "."], ["--out", "folder"]),
         (["--out", f"{__file__}/g.png"], ["--out", "cannot be written"]),
@@ -153,12 +180,13 @@ def test_every_kind_of_picture(call, saved_run, tmp_path):
 
 
 def test_samples_do_not_depend_on_how_many_are_decoded_at_once(call, saved_run, tmp_path, monkeypatch):
-    """Sampled in one batch of five and in batches of two, in place of the usual four."""
+    """Sampled in one batch of five and in batches of two."""
     pictures = []
+    each = 4 * (295 + 2 * 295) * 16 * (16 + 4)
     for size in (5, 2):
-        monkeypatch.setattr("m4.generate._SAMPLES_AT_ONCE", size)
+        monkeypatch.setattr("m4.generation.decode._ACTIVATION_BYTES", size * each)
         out = tmp_path / f"{size}.png"
-        arguments = ["--samples", 5, "--steps", 2, "--temperature", 1, "--seed", 2**44 - 1]
+        arguments = ["--samples", 5, "--steps", 2, "--temperature", 1, "--seed", 2**64 - 1]
         assert call("generate", "--run", saved_run, "--out", out, *arguments)[0] == 0
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]

@@ -53,6 +53,15 @@ def _state(run_dir):
     return torch.load(newest_whole(run_dir)[0] / "state.pt", weights_only=True)
 
 
+def test_accuracies_are_those_of_one_process(trained):
+    """Of the first steps, before sums in another order decide which id is the likeliest."""
+    lines = [_lines(trained / ranks / "ddp")[:5] for ranks in ("1", "2")]
+    for one, many in zip(*lines, strict=True):
+        assert many["accuracy"] == pytest.approx(one["accuracy"])
+        assert many["mfu"] > 0
+    assert any(share for line in lines[0] for share in line["accuracy"].values())
+
+
 @pytest.mark.parametrize("name", ["skips", "fsdp-skips"])
 def test_all_ranks_skip_the_step_that_one_of_them_spoilt(trained, name):
     """It is noted once, with the samples of the whole step, and all go on as one process does."""

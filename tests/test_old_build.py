@@ -85,7 +85,7 @@ def test_sources_that_cannot_be_read_are_named(checkout: Path) -> None:
 def test_the_report_comes_whatever_is_broken(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    assert report.main() == 0
+    assert report.report() == 0
     whole = capsys.readouterr().out
     edit(checkout / "csrc/bindings.cpp")
     _ext.load.cache_clear()
@@ -94,7 +94,7 @@ def test_the_report_comes_whatever_is_broken(
         raise RuntimeError("driver gone")
 
     monkeypatch.setattr(torch.cuda, "is_available", failing)
-    assert report.main() == 1
+    assert report.report() == 1
     said = capsys.readouterr().out
     assert said.count("run `pip install -e .` again") == 1  # in one line
     assert "extension: BROKEN: ImportError: m4kernels._C is an old build" in said

@@ -14,7 +14,9 @@ using release_gil_t = py::call_guard<py::gil_scoped_release>;
 inline constexpr release_gil_t release_gil{};
 
 void bind_simd(py::module_& m);
+void bind_adamw_step(py::module_& m);
 void bind_block(py::module_& m);
+void bind_embedding(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
 void bind_segments(py::module_& m);

@@ -27,6 +27,7 @@ M4K_INLINE void stream_end() { _mm_sfence(); }
 M4K_INLINE vfloat splat(float x) { return _mm512_set1_ps(x); }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
 M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
+M4K_INLINE vfloat vsqrt(vfloat x) { return _mm512_sqrt_ps(x); }
 M4K_INLINE float reduce_add(vfloat x) { return _mm512_reduce_add_ps(x); }
 M4K_INLINE float reduce_max(vfloat x) { return _mm512_reduce_max_ps(x); }
 // The first n lanes of x, `fill` in the others.
@@ -87,6 +88,7 @@ M4K_INLINE void stream_end() { _mm_sfence(); }
 M4K_INLINE vfloat splat(float x) { return _mm256_set1_ps(x); }
 M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
 M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
+M4K_INLINE vfloat vsqrt(vfloat x) { return _mm256_sqrt_ps(x); }
 M4K_INLINE float reduce_add(vfloat x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -154,6 +156,9 @@ M4K_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 M4K_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+M4K_INLINE vfloat vsqrt(vfloat x) {
+    return vfloat{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+}
 M4K_INLINE float reduce_add(vfloat x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 M4K_INLINE float reduce_max(vfloat x) {
     const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];

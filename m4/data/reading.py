@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from m4.data.layout import read_meta
+from m4.data.progress import shown
 from m4.errors import DataError, data_error
 from m4.modalities import BINS, CANVAS, Modality, data_vocab_size, modality_of
 
@@ -191,7 +192,7 @@ def read_files(root: Path, name: str, paths: Sequence[str], length: int, vocab_s
     """
     modality = modality_of(name, length)
     reader = TokenReader(modality)
-    rows = np.stack([reader.read(path) for path in paths]).astype(np.int64)
+    rows = np.stack([reader.read(path) for path in shown(paths, f"reading {name}", "file")]).astype(np.int64)
     notes = {f"files {assumption}": files for assumption, files in reader.notes.items()}
     if modality.kind == "joints" and vocab_size >= BINS:
         meta = read_meta(root)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from m4.evaluation.poses import Poses, bounding_boxes
 from m4.modalities import CANVAS, IMAGE_GRID
+from m4.poses import Poses, bounding_boxes
 
 MOST_PSNR = 100.0  # dB: of frames that are equal, whose mean over a split would be infinite otherwise
 _PADDING = 0.1  # of a person's box, to each side
@@ -34,27 +34,29 @@ def person_boxes(poses: Poses) -> list[Box | None]:
     return boxes
 
 
-def frame_figures(
+def token_accuracy(predicted: np.ndarray, true: np.ndarray) -> float | None:
+    """Share of the image tokens, integer (N, 256), that are right; None of none."""
+    return float((predicted == true).mean()) if predicted.size else None
+
+
+def pixel_figures(
     predicted: np.ndarray,
     true: np.ndarray,
-    decode: Decode | None,
+    decode: Decode,
     boxes: Sequence[Box | None] | None = None,
     shown: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Any]:
-    """How well frames are predicted.
+    """How close predicted frames are to the true ones once both are decoded.
 
     Args:
         predicted, true: integer (N, 256) image tokens.
-        decode: tokens (B, 16, 16) → uint8 (B, 256, 256, 3), None without a tokenizer.
+        decode: tokens (B, 16, 16) → uint8 (B, 256, 256, 3).
         boxes: of N persons, see `person_boxes`; None where nothing says where they are.
         shown: hands on the numbers of the frames, and shows progress.
     Returns:
-        token_accuracy; with a tokenizer also the means over the frames of psnr (dB, at most MOST_PSNR) and ssim
-        (scikit-image's, of colour frames), with boxes also psnr_person, within them (None if there is none).
+        the means over the frames of psnr (dB, at most MOST_PSNR) and ssim (scikit-image's, of colour frames), with
+        boxes also psnr_person, within them; None where there is none.
     """
-    figures: dict[str, Any] = {"token_accuracy": float((predicted == true).mean()) if len(true) else None}
-    if decode is None:
-        return figures
     psnr, ssim, psnr_person = [], [], []
     for first in shown(range(0, len(true), _DECODED_AT_ONCE)):
         chunk = slice(first, first + _DECODED_AT_ONCE)
@@ -65,7 +67,7 @@ def frame_figures(
             box = None if boxes is None else boxes[sample]
             if box is not None:
                 psnr_person.append(peak_signal_noise_ratio(a[box], b[box]))
-    figures |= {"psnr": _mean(psnr), "ssim": _mean(ssim)}
+    figures = {"psnr": _mean(psnr), "ssim": _mean(ssim)}
     return figures if boxes is None else {**figures, "psnr_person": _mean(psnr_person)}
 
 

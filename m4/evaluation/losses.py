@@ -24,6 +24,7 @@ class Evaluation:
 
     loss: float  # mean over the modalities
     per_modality: dict[str, float | None]
+    accuracy: dict[str, float | None]  # share of targets whose id is the likeliest
     targets: dict[str, int]  # number of target tokens
     samples: int
 
@@ -52,23 +53,28 @@ def evaluate(
     modalities = config.modalities
     ones = torch.ones(len(modalities), dtype=torch.int64, device=device)
     sums = torch.zeros(len(modalities), dtype=torch.float64)
-    counts = torch.zeros(len(modalities), dtype=torch.int64)
+    counts, correct = (torch.zeros(len(modalities), dtype=torch.int64) for _ in range(2))
     samples = 0
     for turn in _turns(batches, world.size):
         batch = turn[min(world.rank, len(turn) - 1)]  # a rank without one of its own does the last again, for nothing
         with autocast(config.dtype, device):
-            losses = model(batch, target_counts=ones)  # denominators of one: sums instead of means
+            losses = model(batch, target_counts=ones, count_correct=True)  # denominators of one: sums instead of means
         segments = batch.decoder.segments
-        found = (losses.per_modality.double().cpu(), segments.counts.sum(0).cpu(), segments.batch_size)
-        for its_sums, its_counts, its_samples in world.gather(found)[: len(turn)]:
+        right = losses.correct.long().cpu()
+        found = (losses.per_modality.double().cpu(), segments.counts.sum(0).cpu(), right, segments.batch_size)
+        for its_sums, its_counts, its_right, its_samples in world.gather(found)[: len(turn)]:
             sums += its_sums
             counts += its_counts
+            correct += its_right
             samples += its_samples
         after_batch()
-    means = [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist(), strict=True)]
+    means, shares = (
+        [s / n if n else None for s, n in zip(some.tolist(), counts.tolist(), strict=True)] for some in (sums, correct)
+    )
     return Evaluation(
         loss=sum(mean or 0.0 for mean in means) / len(modalities),
         per_modality=dict(zip(modalities, means, strict=True)),
+        accuracy=dict(zip(modalities, shares, strict=True)),
         targets=dict(zip(modalities, counts.tolist(), strict=True)),
         samples=samples,
     )

@@ -1,7 +1,8 @@
 """The prediction of the next moment, frame and pose, from the reference moment, and how good it is.
 
-Every token of the next moment is predicted in one pass from the whole reference and nothing else: of an image the
-likeliest id, of a coordinate the median of the predicted distribution, of a visibility the likelier. So nothing is
+Every token of the next moment is predicted in one pass from the whole reference and nothing else: of a coordinate the
+median of the predicted distribution, of a visibility the likelier, of an image the likeliest code, by which token
+accuracy is judged, and the code of least expected error (`m4.generation.estimates`), which is decoded. So nothing is
 drawn, and what a figure is does not depend on how many samples are predicted together.
 """
 
@@ -22,11 +23,13 @@ from m4.data.tokenizers import tokenizer_of
 from m4.device import autocast
 from m4.errors import ConfigError, DataError
 from m4.evaluation.displacement import DisplacementHistogram
-from m4.evaluation.frames import Decode, frame_figures, person_boxes
-from m4.evaluation.poses import Poses, median_pose, nearest_figures, pose_figures
-from m4.generation.decode import MAX_SEED, generate, predict_at_once, whole_batch
+from m4.evaluation.frames import Decode, person_boxes, pixel_figures, token_accuracy
+from m4.generation.decode import generate, predict_at_once, whole_batch
+from m4.generation.estimates import CodeValues
+from m4.generation.options import MAX_SEED, STEPS, Decoding
 from m4.modalities import NEXT, REFERENCE, VISIBILITIES, RowLayout, data_vocab_size
 from m4.model import M4
+from m4.poses import Poses, median_pose, nearest_figures, pose_figures
 from m4.run.console import show_progress
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,10 @@ class Prediction:
     """Of the first N rows of a split."""
 
     true: np.ndarray  # int64 (N, L)
-    predicted: np.ndarray  # int64 (N, L), with the next moment predicted
+    predicted: np.ndarray  # int64 (N, L), with the next moment predicted: likeliest ids, medians of coordinates
+    shown: (
+        np.ndarray
+    )  # the same, but image codes of least expected error, where the tokenizer's codes stand for colours
     pose_nats: float | None  # a token of the true next pose, given the reference alone
 
 
@@ -139,20 +145,28 @@ class NextMoment:
             after_batch: called after each batch; lets a stop signal through.
         """
         limits, ordinal = self.layout.id_limits(self.meta).to(device), self.layout.ordinal().to(device)
-        true, predicted, nats = [], [], []
+        values = CodeValues.of(self.layout, self.meta, device)
+        true, predicted, shown, nats = [], [], [], []
         for rows in self._batches(samples, batch_size):
             tokens = store.batch(rows).to(device)
             true.append(tokens.cpu().numpy())
             filled = predict_at_once(
-                model, tokens, given=self.given, wanted=self.wanted, id_limits=limits, ordinal=ordinal
+                model,
+                tokens,
+                given=self.given,
+                wanted=self.wanted,
+                id_limits=limits,
+                ordinal=ordinal,
+                code_values=values,
             )
-            predicted.append(filled.cpu().numpy())
+            predicted.append(filled.tokens.cpu().numpy())
+            shown.append(filled.shown.cpu().numpy())
             if self.pose:
                 nats.append(self._pose_nats(model, tokens, device))
             after_batch()
         tokens_each = self.layout[_POSES[1]].length if self.pose else 0
         mean = sum(nats) / (samples * tokens_each) if self.pose else None
-        return Prediction(np.concatenate(true), np.concatenate(predicted), mean)
+        return Prediction(np.concatenate(true), np.concatenate(predicted), np.concatenate(shown), mean)
 
     def futures(
         self,
@@ -177,6 +191,7 @@ class NextMoment:
         assert self.pose is not None
         span, limits = self.layout.span(self.pose[1]), self.layout.id_limits(self.meta).to(device)
         drawn = np.empty((futures, samples, span.stop - span.start), dtype=np.int64)
+        steps = min(STEPS, span.stop - span.start)
         for rows in self._batches(samples, batch_size, f"drawing {futures} next poses each"):
             tokens = store.batch(rows).to(device)
             for number in range(futures):
@@ -187,9 +202,8 @@ class NextMoment:
                     given=self.given,
                     wanted=[self.pose[1]],
                     id_limits=limits,
-                    temperature=1.0,
-                    seed=seed,
-                    first_sample=int(rows[0]),
+                    decoding=Decoding(steps=steps, temperature=1.0, seed=seed),
+                    sample_ids=torch.from_numpy(rows),
                 )
                 drawn[number, rows] = filled[:, span].cpu().numpy()
         return drawn
@@ -222,8 +236,8 @@ class NextMoment:
         if self.frame:
             frame, copied, following = self._three(prediction, _FRAMES)
             found["frame"] = {
-                **frame_figures(frame, following, None),
-                "copy": frame_figures(copied, following, None),
+                "token_accuracy": token_accuracy(frame, following),
+                "copy": {"token_accuracy": token_accuracy(copied, following)},
             }
         return found
 
@@ -251,9 +265,10 @@ class NextMoment:
                     into["nearest"] = nearest_figures(poses, reference, true)
             boxes = person_boxes(true)
         if self.frame and decode is not None:
-            predicted, copied, following = self._three(prediction, _FRAMES)
-            for into, frames in ((found["frame"], predicted), (found["frame"]["copy"], copied)):
-                into |= frame_figures(frames, following, decode, boxes, _shown)
+            _, copied, following = self._three(prediction, _FRAMES)
+            shown = prediction.shown[:, self.layout.span(self.frame[1])]
+            for into, frames in ((found["frame"], shown), (found["frame"]["copy"], copied)):
+                into |= pixel_figures(frames, following, decode, boxes, _shown)
         return found
 
     def tokenizer(self) -> Decode | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m4.evaluation.poses import PCK_SHARES
+from m4.poses import PCK_SHARES
 
 _NAMES = {
     "copy": "copying the reference",

@@ -86,8 +86,11 @@ def normal(modules: Iterable[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def fourier(model: Weights) -> None:
-    """Overwrite what `normal` gave the embeddings, the output layer, and attention to visible tokens."""
+def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
+    """Overwrite what `normal` gave the embeddings, the output layer, and attention to visible tokens.
+
+    code_levels: how many levels each digit of an image code has, fastest digit first.
+    """
     if model.pos_emb.is_meta:
         return  # a model without values
     described = RowLayout.of(model.config).described
@@ -103,7 +106,7 @@ def fourier(model: Weights) -> None:
     copied = COPY * encoded * context * token**0.5
     of_output = copied * (copied**2 + modality + position) ** -0.5  # how much of the output is the copied token
 
-    _vocabulary(model, space, of_output)
+    _vocabulary(model, space, of_output, code_levels)
     nn.init.eye_(model.dec_context_proj.weight)
     crossing = [module for module in model.decoder.modules() if isinstance(module, CrossAttention)]
     seeing = [module for module in model.encoder.modules() if isinstance(module, SelfAttention)]
@@ -188,19 +191,19 @@ def bin_features(bins: int) -> Tensor:
     return nn.functional.normalize(torch.cat([size * angle.sin(), size * angle.cos()], dim=1)).float()
 
 
-def code_features() -> Tensor:
+def code_features(code_levels: Sequence[int] = IMAGE_LEVELS) -> Tensor:
     """float32 (IMAGE_CODES, Σ (levels - 1)), rows of length 1: of every digit the cosines that a discrete cosine
     transform of its levels has, slowest first."""
     code = torch.arange(IMAGE_CODES)
     features = []
-    for levels in IMAGE_LEVELS:
+    for levels in code_levels:
         place = (code % levels).double() / (levels - 1)
         features.append(torch.cos(math.pi * place[:, None] * torch.arange(1, levels)))
         code = code // levels
     return nn.functional.normalize(torch.cat(features, dim=1)).float()
 
 
-def _vocabulary(model: Weights, space: Space, of_output: float) -> None:
+def _vocabulary(model: Weights, space: Space, of_output: float, code_levels: Sequence[int]) -> None:
     """Rows (V, D) of the token embedding and the output layer that are coordinate bins or image codes.
 
     of_output: share of the decoder's output, a vector of length √D, that is the token it copied.
@@ -220,8 +223,8 @@ def _vocabulary(model: Weights, space: Space, of_output: float) -> None:
         # Visibility is no scale, and as bins its ids would be neighbours.
         set_rows(0, torch.eye(VISIBILITIES)[:bins], CODE_LOGIT)
     if vocab_sizes.get("image", 0) >= IMAGE_CODES:
-        # Ids below `bins` stay coordinates: few image codes are that low, those of blocks much darker at the bottom.
-        set_rows(bins, code_features()[bins:], CODE_LOGIT)
+        # Ids below `bins` stay coordinates. Of the tokenizer fsq hardly any image has such codes.
+        set_rows(bins, code_features(code_levels)[bins:], CODE_LOGIT)
 
 
 class Looks:

@@ -5,17 +5,28 @@ modality and position alone, in one parallel step. Parameter names and semantics
 by name (see `m4.checkpoint.load_nano4m`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m4.modalities import IMAGE_LEVELS
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
 from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
-from m4kernels import MaskedBatch, PackedTokens, linear, linear_cross_entropy
+from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear, linear_cross_entropy
+
+
+class CountedLosses(NamedTuple):
+    """As `Losses`, with the right predictions."""
+
+    total: Tensor
+    per_modality: Tensor
+    counts: Tensor
+    correct: Tensor  # (M,) float32, targets of each modality whose id is the likeliest; detached
 
 
 class Losses(NamedTuple):
@@ -52,9 +63,10 @@ class M4(nn.Module):
     allow_decoder: Tensor | None
     allow_cross: Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
+        """code_levels: how many levels each digit of an image code has, fastest first, for the initial values."""
         super().__init__()
-        self.config = config
+        self.config, self.code_levels = config, tuple(code_levels)
         dim, modalities = config.dim, len(config.modalities)
         self.enc_tok_emb = nn.Embedding(config.vocabulary, dim)
         self.enc_mod_emb = nn.Embedding(modalities, dim)
@@ -77,28 +89,35 @@ class M4(nn.Module):
         init.normal(self.modules())
         nn.init.zeros_(self.to_logits.weight)
         if self.config.init == "fourier":
-            init.fourier(self)
+            init.fourier(self, self.code_levels)
 
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, batch: MaskedBatch, target_counts: Tensor | None = None) -> Losses:
+    def forward(
+        self, batch: MaskedBatch, target_counts: Tensor | None = None, *, count_correct: bool = False
+    ) -> Losses | CountedLosses:
         """Training loss of a masked batch.
 
         Args:
             batch: visible tokens and targets.
             target_counts: (M,), denominators of the per-modality means in place of the batch's own counts. With the
                 counts of a global batch the totals of its micro-batches add up to the global batch's loss.
+            count_correct: return `CountedLosses`.
         """
         if self.config.kernels != "auto":
-            return Losses(*padded_losses(self, batch, target_counts))
-        return self.loss(self.decode(batch), batch.decoder, target_counts)
+            losses = CountedLosses(*padded_losses(self, batch, target_counts))
+        else:
+            losses = self.counted_loss(self.decode(batch), batch.decoder, target_counts)
+        return losses if count_correct else Losses(*losses[:3])
 
     def embed_inputs(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
         """(token + modality + position embedding (T, D), position embedding (T, D)) of visible tokens."""
         positions = F.embedding(tokens.positions, self.pos_emb)
-        return self.enc_tok_emb(tokens.ids) + self.enc_mod_emb(tokens.modalities) + positions, positions
+        # M4KERNELS_BACKEND may name one that this op lacks.
+        embedded = embedding(self.enc_tok_emb.weight, tokens.ids, backend="auto")
+        return embedded + self.enc_mod_emb(tokens.modalities) + positions, positions
 
     def embed_queries(self, tokens: PackedTokens) -> Tensor:
         """Modality + position embedding (T, D): all that the decoder knows of a target."""
@@ -106,15 +125,21 @@ class M4(nn.Module):
 
     def decode(self, batch: MaskedBatch) -> Tensor:
         """Decoder output (T_dec, D) for every target."""
-        visible, targets = batch.encoder, batch.decoder
+        return self.answer(batch.decoder, self.context(batch.encoder), batch.encoder.segments)
+
+    def context(self, visible: PackedTokens) -> Tensor:
+        """What the decoder reads of visible tokens (T_enc, D)."""
         x, positions = self.embed_inputs(visible)
         x = self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder))
-        context = linear(x, self.dec_context_proj.weight, self.dec_context_proj.bias, residual=positions)
+        return linear(x, self.dec_context_proj.weight, self.dec_context_proj.bias, residual=positions)
+
+    def answer(self, targets: PackedTokens, context: Tensor, context_segments: Segments) -> Tensor:
+        """Decoder output (T_dec, D) for every target, from the `context` of visible tokens."""
         y = self.decoder(
             self.embed_queries(targets),
             context,
             targets.segments,
-            visible.segments,
+            context_segments,
             self.allow_decoder,
             self.allow_cross,
         )
@@ -128,6 +153,10 @@ class M4(nn.Module):
 
     def loss(self, y: Tensor, targets: PackedTokens, target_counts: Tensor | None = None) -> Losses:
         """Mean over modalities of the mean token cross-entropy; a modality without targets counts as 0."""
+        return Losses(*self.counted_loss(y, targets, target_counts)[:3])
+
+    def counted_loss(self, y: Tensor, targets: PackedTokens, target_counts: Tensor | None = None) -> CountedLosses:
+        """As `loss`."""
         counts = targets.segments.counts.sum(0, dtype=torch.int64)
         denominators = (counts if target_counts is None else target_counts).clamp(min=1).float()
         weight = 1.0 / (len(self.config.modalities) * denominators)
@@ -138,7 +167,8 @@ class M4(nn.Module):
             token_weight=weight[targets.modalities],
             vocab_limit=self.vocab_limit(targets),
         )
-        return Losses(result.loss, sum_by_modality(result.nll, targets.modalities, len(counts)) / denominators, counts)
+        nll, correct = (sum_by_modality(x, targets.modalities, len(counts)) for x in (result.nll, result.correct))
+        return CountedLosses(result.loss, nll / denominators, counts, correct)
 
     def logits(self, batch: MaskedBatch) -> Tensor:
         """Logits (T_dec, V) of every target, -inf beyond the vocabulary of its modality. Holds them whole: meant for

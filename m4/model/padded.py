@@ -37,8 +37,8 @@ class Weights(Protocol):
     allow_cross: Tensor | None
 
 
-def padded_losses(model: Weights, batch: MaskedBatch, target_counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, per_modality, counts) as in `m4.model.m4.Losses`."""
+def padded_losses(model: Weights, batch: MaskedBatch, target_counts: Tensor | None) -> tuple[Tensor, ...]:
+    """(total, per_modality, counts, correct) as in `m4.model.m4.CountedLosses`."""
     p = batch.padded()
     matmul = model.config.kernels == "reference-matmul"
     enc_mask, dec_mask = p["enc_pad_mask"], p["dec_pad_mask"]  # (B, N), True = valid
@@ -73,7 +73,9 @@ def padded_losses(model: Weights, batch: MaskedBatch, target_counts: Tensor | No
     counts = of_modality.sum(0)
     denominators = (counts if target_counts is None else target_counts).clamp(min=1).float()
     per_modality = nll.unsqueeze(-1).masked_fill(~of_modality, 0.0).sum(0) / denominators
-    return per_modality.mean(), per_modality.detach(), counts
+    right = (logits.detach().argmax(-1) == p["dec_tokens"]).flatten()
+    correct = (of_modality & right.unsqueeze(-1)).sum(0).float()
+    return per_modality.mean(), per_modality.detach(), counts, correct
 
 
 def dense_mask(key_valid: Tensor, q_mods: Tensor, k_mods: Tensor, allow: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from m4.pictures.skeleton import Picture, as_picture, draw_skeleton
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".pdf")
 _GAP, _TITLE, _PAPER, _INK = 6, 22, (250, 250, 248), (30, 30, 34)
+_SIDE, _EMPTY = 256, (58, 60, 66)  # of a moment without a picture
 
 
 def contact_sheet(rows: Sequence[Sequence[Picture]], titles: Sequence[str] = (), columns: int = 1) -> Image.Image:
@@ -42,21 +43,39 @@ def contact_sheet(rows: Sequence[Sequence[Picture]], titles: Sequence[str] = (),
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """A picture, uint8 (H, W, 3), with a pose in its pixels: xy (13, 2), visible (13,)."""
+    """A picture, uint8 (H, W, 3), and a pose in its pixels, xy (13, 2), visible (13,); either may be absent.
 
-    image: np.ndarray
-    xy: np.ndarray
-    visible: np.ndarray
+    A pose without a picture is drawn on an empty one of 256 x 256. caption: drawn on the picture.
+    """
+
+    image: np.ndarray | None = None
+    xy: np.ndarray | None = None
+    visible: np.ndarray | None = None
+    caption: str = ""
 
     def drawn(self) -> Image.Image:
-        return draw_skeleton(self.image, self.xy, self.visible)
+        """The picture with the joints that are visible."""
+        image = np.full((_SIDE, _SIDE, 3), _EMPTY, np.uint8) if self.image is None else self.image
+        if self.xy is None or self.visible is None:
+            picture = as_picture(image)
+        else:
+            picture = draw_skeleton(image, self.xy, self.visible)
+        return captioned(picture, self.caption) if self.caption else picture
 
 
-def prediction_panel(
-    rows: Sequence[tuple[Moment, Moment, Moment]],
-    titles: Sequence[str] = ("reference", "true next", "predicted next"),
-) -> Image.Image:
-    """One labelled picture: each row shows (reference, true next, predicted next) with their skeletons."""
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """A copy with a line of text at its foot."""
+    picture = picture.copy()
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    left, top, right, bottom = draw.textbbox((4, 0), text, font=font)
+    foot = picture.size[1] - (bottom - top) - 7
+    draw.rectangle((0, foot, right + 4, picture.size[1]), fill=_PAPER)
+    draw.text((left, foot + 3 - top), text, fill=_INK, font=font)
+    return picture
+
+
+def moment_sheet(rows: Sequence[Sequence[Moment]], titles: Sequence[str] = ()) -> Image.Image:
+    """Moments in rows, with titles over the columns."""
     return contact_sheet([[moment.drawn() for moment in row] for row in rows], titles)
 
 

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from m4.config import TrainConfig, format_duration
 from m4.device import peak_memory
 from m4.distributed import speaks
+from m4.run.meter import StepMeter
 from m4.run.state import LoopState
 from m4.schedule import Schedule
 
@@ -138,11 +139,17 @@ class TrainingProgress:
     def __init__(self, config: TrainConfig, schedule: Schedule, state: LoopState, device: torch.device):
         self._config, self._schedule, self._state, self._device = config, schedule, state, device
         self._samples = self._valid = 0  # forward and backward passes done, valid tokens in them
+        self._valid_before = 0  # this step
+        self.meter = StepMeter(config.model_config())
         self._display: ProgressDisplay | None = None
         self._start = time.monotonic()
 
-    def start(self) -> None:
-        """Draw the bar and start the clock, after everything that happens only once."""
+    def start(self, peak: float) -> None:
+        """Draw the bar and start the clock, after everything that happens only once.
+
+        peak: FLOP a second of all devices.
+        """
+        self.meter.start(peak)
         self._display = ProgressDisplay(self._schedule.samples, self._state.position)
         self._display.show(f"step {self._state.step + 1}/{self._schedule.steps}")
         self._start = time.monotonic()
@@ -167,11 +174,18 @@ class TrainingProgress:
         else:
             self._display.advance(samples)
 
-    def step(self, losses: list[float | None], norm: float, rate: float) -> dict[str, Any]:
+    def launched(self, targets: Sequence[int] | None) -> None:
+        """Count a step, whose figures may be known later; targets: of each modality, if known."""
+        self.meter.step(self._valid - self._valid_before, targets)
+        self._valid_before = self._valid
+
+    def step(
+        self, losses: list[float | None], accuracies: list[float | None], norm: float, rate: float
+    ) -> dict[str, Any]:
         """Show a finished step and return its metrics.
 
-        losses: of each modality, None without a target, which counts as 0 in the mean; in the metrics of a step that
-            was skipped null stands for what is not finite.
+        losses, accuracies: of each modality, None without a target; such a loss counts as 0 in the mean. In the metrics
+            of a step that was skipped null stands for what is not finite.
         """
         schedule, state = self._schedule, self._state
         elapsed = time.monotonic() - self._start
@@ -182,6 +196,7 @@ class TrainingProgress:
             "samples": state.position,
             "loss": finite_or_none(sum(loss or 0.0 for loss in losses) / len(losses)),
             "per_modality": dict(zip(self._config.modalities, map(finite_or_none, losses), strict=True)),
+            "accuracy": dict(zip(self._config.modalities, map(finite_or_none, accuracies), strict=True)),
             "lr": rate,
             "grad_norm": finite_or_none(norm),
             "skipped_steps": state.skipped_steps,

@@ -31,6 +31,8 @@ class AveragedWeights:
             found_inf: () float, 1 where there was none, and so there is none here. It is not read on the host.
         """
         share = self._share * (1.0 - found_inf)
+        # A launch a parameter, which in a captured step costs nothing; with a share that is on the device torch's
+        # foreach operations take three passes, which move 2.7 times the bytes.
         for average, weight in zip(self.model.parameters(), self._trained.parameters(), strict=True):
             average.lerp_(weight, share)
 

@@ -67,7 +67,7 @@ class RunEvaluator:
         model.train()
         if averaged is not None:
             result = self._losses(averaged, "evaluating averaged weights")
-            figures["ema"] = {"loss": result.loss, "per_modality": result.per_modality}
+            figures["ema"] = {key: getattr(result, key) for key in ("loss", "per_modality", "accuracy")}
             lines.append(f"averaged weights: {result}")
         return figures, lines
 

@@ -8,7 +8,6 @@ in buckets; where nothing is captured each goes out as soon as the last backward
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m4.checkpoint_files import HasWeights
+from m4.checkpoint_files import HasWeights, Weights
 from m4.config import TrainConfig
 from m4.distributed import World
 from m4.distributed.shards import gathered
@@ -50,12 +49,12 @@ class Exchange:
         uses it."""
         return model, optimizer.state_dict()
 
-    def finish(self, losses: Tensor) -> None:
-        """After the last micro-batch: make gradients, and losses (M,) in place, those of all ranks."""
+    def finish(self, figures: Tensor) -> None:
+        """After the last micro-batch: make gradients, and figures of the step in place, the sums over all ranks."""
 
-    def clip(self, parameters: Sequence[Tensor], most: float | None) -> Tensor:
-        """Scale the gradients to a norm of at most ``most``; returns the norm they had, ()."""
-        return torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """() the norm of all gradients together."""
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Replicated(Exchange):
@@ -83,11 +82,11 @@ class Replicated(Exchange):
         finally:
             self._overlaps = False
 
-    def finish(self, losses: Tensor) -> None:
+    def finish(self, figures: Tensor) -> None:
         with self._world.waiting():
             while len(self._sums) < len(self._buckets):  # all of them in a captured step
                 self._begin()
-            self._sums.append(self._world.sum_of(losses))
+            self._sums.append(self._world.sum_of(figures))
             for begun in self._sums:
                 begun.wait()
         for bucket, flat in zip(self._buckets, self._flat, strict=True):
@@ -147,16 +146,6 @@ def _views(flat: Tensor, bucket: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(p) for part, p in zip(parts, bucket, strict=True)]
 
 
-class _Whole:
-    """Stands for a model that is divided."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self._weights = weights
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._weights
-
-
 class Sharded(Exchange):
     """Divides the parameters of every block, and those of the rest, over the ranks; `model` is changed in place."""
 
@@ -190,19 +179,16 @@ class Sharded(Exchange):
     def whole(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[HasWeights, dict[str, Any]]:
         with self._world.waiting():
             weights = gathered(model.state_dict(), keep=self._world.leads)
-            return _Whole(weights), gathered(optimizer.state_dict(), keep=self._world.leads)
+            return Weights(weights), gathered(optimizer.state_dict(), keep=self._world.leads)
 
-    def finish(self, losses: Tensor) -> None:
+    def finish(self, figures: Tensor) -> None:
         with self._world.waiting():
-            self._world.sum_of(losses).wait()
+            self._world.sum_of(figures).wait()
 
-    def clip(self, parameters: Sequence[Tensor], most: float | None) -> Tensor:
-        gradients = [p.grad for p in parameters if p.grad is not None]
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         with self._world.waiting():
-            norm: Any = torch.nn.utils.get_total_norm(gradients)
-            whole = norm.full_tensor()
-        torch.nn.utils.clip_grads_with_norm_(parameters, math.inf if most is None else most, whole)
-        return whole
+            norm: Any = super().norm(parameters)
+            return norm.full_tensor()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from m4.config import TrainConfig
 from m4.distributed.shards import like
 from m4.errors import ConfigError
+from m4.training.adamw import AdamW, scale_gradients
 
-BETAS = (0.9, 0.95)
-EPS = 1e-8
 MUON_MOMENTUM = 0.95
 VOCABULARY = ("enc_tok_emb.weight", "to_logits.weight")  # a row for every id
 TRUNK = ("encoder.blocks.", "decoder.blocks.")
@@ -44,23 +43,33 @@ class MuonAndAdamW(torch.optim.Optimizer):
             momentum=MUON_MOMENTUM,
             adjust_lr_fn="match_rms_adamw",
         )
-        self.adamw = _adamw(others, config)
+        self.adamw = AdamW(others, config)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
 
     @property
-    def found_inf(self) -> Tensor:
+    def found_inf(self) -> Tensor | None:
         """() float, 1 where the step must not update."""
-        return self.adamw.found_inf  # type: ignore[attr-defined]
+        return self.adamw.found_inf
 
     @found_inf.setter
     def found_inf(self, value: Tensor) -> None:
-        self.adamw.found_inf = value  # type: ignore[attr-defined]
+        self.adamw.found_inf = value
+
+    @property
+    def grad_factor(self) -> Tensor | None:
+        """() float, of all gradients in `step`; None for 1."""
+        return self.adamw.grad_factor
+
+    @grad_factor.setter
+    def grad_factor(self, value: Tensor | None) -> None:
+        self.adamw.grad_factor = value
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update all parameters, or none."""
         self.adamw.step()
         if not self.found_inf:
+            scale_gradients(self.muon.param_groups[0]["params"], self.grad_factor)
             self.muon.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,7 +83,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAdamW:
     """The optimiser of a run; weights and embeddings decay, norms and biases (fewer than two dimensions) do not.
 
     ``adamw`` is AdamW for all. ``muon`` is Muon for the matrices of the encoder's and decoder's blocks and AdamW for
@@ -99,11 +108,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         },
     ]
     groups = [group for group in groups if group["params"]]
-    return MuonAndAdamW(matrices, groups, config) if matrices else _adamw(groups, config)
-
-
-def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
+    return MuonAndAdamW(matrices, groups, config) if matrices else AdamW(groups, config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

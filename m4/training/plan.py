@@ -40,11 +40,12 @@ class MemoryEstimate:
     moments: int
     averages: int
     activations: int
+    copy: int = 0  # of what is saved, where the device is the host
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.moments + self.averages + self.activations
+        return self.weights + self.gradients + self.moments + self.averages + self.activations + self.copy
 
 
 def dry_run(config: TrainConfig) -> str:
@@ -153,6 +154,7 @@ def estimate_memory(config: TrainConfig, trainer: Trainer) -> MemoryEstimate:
         moments=(2 * count - with_one) * _FLOAT32,
         averages=count * _FLOAT32 if config.ema else 0,
         activations=round(activations),
+        copy=_copy(config, trainer) if trainer.device.type == "cpu" else 0,
     )
 
 
@@ -177,6 +179,11 @@ def _activation_widths(config: TrainConfig) -> tuple[float, float]:
     )
 
 
+def _copy(config: TrainConfig, trainer: Trainer) -> int:
+    """Bytes of the host that a checkpoint is written from while training goes on."""
+    return checkpoint_bytes(trainer.model, averaged=bool(config.ema)) if config.async_checkpoints else 0
+
+
 def _memory(config: TrainConfig, trainer: Trainer) -> list[str]:
     memory, there = estimate_memory(config, trainer), total_memory(trainer.device)
     moments = "one for matrices of the trunk, two for others" if config.optimizer == "muon" else "two"
@@ -187,9 +194,17 @@ def _memory(config: TrainConfig, trainer: Trainer) -> list[str]:
         ("averages", memory.averages, f"ema {config.ema:g}"),
         ("activations", memory.activations, f"batch_size {config.batch_size}, mean tokens of the masks, "
          f"{config.dtype}, activation_checkpointing {str(config.activation_checkpointing).lower()}"),
+        ("copy to save", memory.copy, "async_checkpoints: weights, moments and averages, from the first save on"),
         ("together", memory.total, f"of {_size(there)} on {trainer.device}; libraries, logits in pieces and batches on "
          "top"),
     ]  # fmt: skip
+    if trainer.device.type != "cpu" and config.async_checkpoints:
+        on_host = (
+            "on the host",
+            _copy(config, trainer),
+            "async_checkpoints: copies in pinned memory, at most twice that",
+        )
+        rows = [*(row for row in rows if row[0] != "copy to save"), on_host]
     return [f"{name:<12} {_size(amount):>10}  ({source})" for name, amount, source in rows]
 
 

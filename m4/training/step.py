@@ -9,7 +9,7 @@ host wants to know is kept on the device until `read`. A loss or gradient that i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ from torch import Tensor
 from m4.config import TrainConfig
 from m4.device import autocast
 from m4.errors import ConfigError
-from m4.model import M4, Losses
+from m4.model import M4, CountedLosses
+from m4.training.adamw import AdamW, clip_factor
 from m4.training.ema import AveragedWeights
 from m4.training.exchange import Exchange
 from m4.training.graphs import Function, Recorder
 from m4.training.guard import Guard, NotFinite
-from m4.training.optimizer import set_learning_rate
+from m4.training.optimizer import MuonAndAdamW, set_learning_rate
 from m4kernels import MaskedBatch
 from m4kernels.ops.linear import copies
 from m4kernels.processor import slow_bf16
@@ -98,6 +99,7 @@ class Figures:
     lost: int  # steps since the last `read` that stop the run: one was not finite, the others came after it
     finite: bool
     skipped: tuple[NotFinite, ...] = ()  # since the last `read`: not finite, and passed over
+    accuracies: Sequence[float] = ()  # (M,), shares of right predictions in the last step; () where it stops the run
 
 
 class TrainStep:
@@ -106,7 +108,7 @@ class TrainStep:
     Args:
         model: the model that is trained.
         forward: its forward pass, perhaps compiled.
-        optimizer: of its parameters; must heed ``found_inf`` (torch's fused AdamW does, and `MuonAndAdamW`).
+        optimizer: of its parameters, as `build_optimizer` makes it.
         config: the run.
         device: where the model is.
         execution: how steps run.
@@ -120,8 +122,8 @@ class TrainStep:
     def __init__(
         self,
         model: M4,
-        forward: Callable[..., Losses],
-        optimizer: torch.optim.Optimizer,
+        forward: Callable[..., CountedLosses],
+        optimizer: AdamW | MuonAndAdamW,
         config: TrainConfig,
         device: torch.device,
         execution: Execution,
@@ -137,7 +139,9 @@ class TrainStep:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         modalities = len(config.modalities)
         self._counts = torch.ones(modalities, dtype=torch.int64, device=device)
-        self._losses = torch.zeros(modalities, device=device)  # of this step so far; of this rank until `update`
+        # Of this step so far, and of this rank until `update`: losses, and right predictions of each modality.
+        self._sums = torch.zeros(2, modalities, device=device)
+        self._losses, self._correct = self._sums
         self._norm = torch.zeros((), device=device)
         # Scales the loss of fp16 so that small gradients do not become 0; for other precisions it does nothing.
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
@@ -148,7 +152,7 @@ class TrainStep:
         self._recorded: dict[str, Function] = {}
         self._done = 0  # micro-batches of this step
         self._launched = 0  # steps that the device was given since the last `read`
-        optimizer.found_inf = self._guard.found_inf  # type: ignore[attr-defined]
+        optimizer.found_inf = self._guard.found_inf
         if execution.asynchronous:  # the rate, too, is read on the device
             for group in optimizer.param_groups:
                 if not group.get("lr_on_host"):
@@ -177,7 +181,7 @@ class TrainStep:
         self._recorded = recorded
         self._guard.open()
         self._scaler.load_state_dict(scaling)
-        self._losses.zero_()
+        self._sums.zero_()
         self._norm.zero_()
 
     def scaling(self) -> dict[str, Any]:
@@ -220,7 +224,7 @@ class TrainStep:
     def update(self) -> None:
         """Clip and update, unless something was not finite."""
         copies.end()
-        self._exchange.finish(self._losses)
+        self._exchange.finish(self._sums)
         self._recorded.get("update", self._update)()
         self._launched += 1
 
@@ -229,16 +233,17 @@ class TrainStep:
         if not self._launched:
             return None
         modalities = len(self._losses)
-        found = torch.cat([self._losses, self._norm.unsqueeze(0), self._guard.figures()]).tolist()
-        losses, norm = found[:modalities], found[modalities]
-        verdict = self._guard.read(found[modalities + 1 :])
+        accuracy = self._correct / self._counts
+        found = torch.cat([self._losses, accuracy, self._norm.unsqueeze(0), self._guard.figures()]).tolist()
+        losses, accuracies, norm = found[:modalities], found[modalities : 2 * modalities], found[2 * modalities]
+        verdict = self._guard.read(found[2 * modalities + 1 :])
         self._launched = 0
         if verdict.stopped is not None:
             stopped = verdict.stopped
             return Figures(
                 stopped.losses, stopped.norm, verdict.updates, stopped.ago + 1, False, tuple(verdict.skipped)
             )
-        return Figures(losses, norm, verdict.updates, 0, True, tuple(verdict.skipped))
+        return Figures(losses, norm, verdict.updates, 0, True, tuple(verdict.skipped), accuracies)
 
     def release(self) -> None:
         """Free the gradients, unless graphs own them."""
@@ -260,18 +265,19 @@ class TrainStep:
         forward = self._forward if usual else self._model
         with self._exchange.backward(last=last):
             with autocast(self._config.dtype, self._device):
-                result = forward(batch, target_counts=self._counts)
+                result = forward(batch, target_counts=self._counts, count_correct=True)
             self._scaler.scale(result.total).backward()
-        losses = result.per_modality.detach()
-        self._losses.copy_(losses if first else self._losses + losses)
+        sums = torch.stack([result.per_modality.detach(), result.correct])
+        self._sums.copy_(sums if first else self._sums + sums)
 
     def _update(self) -> None:
         # Losses and gradients are those of all ranks by now, so all of them decide alike.
         self._scaler.unscale_(self._optimizer)
-        norm = self._exchange.clip(self._parameters, self._config.clip_grad)
+        norm = self._exchange.norm(self._parameters)
         self._norm.copy_(norm)
         # A scale above 1 may be to blame for a gradient that is not finite: it is halved, and the step left out.
         self._guard.check(self._losses, norm, self._scaler.scale(self._one) > 1)
+        self._optimizer.grad_factor = clip_factor(norm, self._config.clip_grad)
         self._optimizer.step()
         if self._averaged is not None:
             self._averaged.update(self._guard.found_inf)

@@ -6,8 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +14,19 @@ from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
 from m4.batches.train import TrainBatches
 from m4.build import Stores, build_model, masking_spec, open_stores
-from m4.checkpoint import RunIdentity, check_same_run, checkpoint_bytes, clean_temporaries, save_checkpoint
-from m4.checkpoint_files import HasWeights
+from m4.checkpoint import RunIdentity, check_same_run, checkpoint_bytes, clean_temporaries
 from m4.config import TrainConfig, config_to_dict, config_to_yaml
-from m4.device import HeapTrimmer, enough_memory, pick_device
+from m4.data.tokenizers import code_levels
+from m4.device import TRAINING_DTYPES, HeapTrimmer, enough_memory, matmul_rate, pick_device
 from m4.distributed import World
-from m4.errors import CheckpointError
 from m4.files import write_atomically
-from m4.model.weights import load_matching
 from m4.run.console import TrainingProgress, announce, announce_estimate
 from m4.run.directory import check_room, only_run, resolve_paths, summarised_step, write_summary
 from m4.run.metrics import RunLog
 from m4.run.signals import Interrupted, StopSignals
-from m4.run.state import LoopState, random_state, set_random_state
+from m4.run.state import LoopState
 from m4.schedule import Schedule, learning_rate
+from m4.training.contents import Trained
 from m4.training.ema import AveragedWeights, averaged_model
 from m4.training.evaluating import RunEvaluator
 from m4.training.exchange import exchange_of
@@ -43,9 +40,10 @@ from m4.training.finite import (
 )
 from m4.training.graphs import CudaGraphs, Recorder
 from m4.training.guard import NotFinite
-from m4.training.optimizer import build_optimizer, load_optimizer_state
+from m4.training.optimizer import build_optimizer
 from m4.training.preflight import Probe, check_memory
 from m4.training.profiling import StepProfiler
+from m4.training.saving import Saver
 from m4.training.start import load_initial_weights, starting_points_of
 from m4.training.step import Execution, Figures, TrainStep
 
@@ -92,7 +90,7 @@ class Trainer:
         self.identity = RunIdentity(train.fingerprint, self.schedule.samples_per_step, world.size)
         world.must_agree({**config_to_dict(config), "data fingerprint": train.fingerprint})
         with enough_memory(_LESS_MEMORY):
-            self.model = build_model(config, device)
+            self.model = build_model(config, device, code_levels(self.stores.meta))
             self.exchange = exchange_of(config, self.model, world, device)
             self.optimizer = build_optimizer(self.model, config)
             self.averaged = AveragedWeights(self.model, config.ema) if config.ema else None
@@ -119,7 +117,10 @@ class Trainer:
         self.stop = StopSignals(world)
         self.evaluator = RunEvaluator(config, self.stores, self.spec, device, self.stop.check, world, self.exchange)
         self.log: RunLog | None = None  # open while `run` runs
-        self._saved_step = -1
+        self.trained = Trained(
+            config, device, self.model, self.averaged, self.optimizer, self.step, self.exchange, self.state
+        )
+        self.saver = Saver(config, self.schedule, self.identity, world)
         self._checked_at = time.monotonic()
 
     def run(self, command: str) -> int:
@@ -137,7 +138,7 @@ class Trainer:
                 log.info("the run is complete (%d steps); for another one set run_name=NAME", self.state.step)
                 return 0
             if self.world.leads:
-                self.log = RunLog(self.config.run_dir, self.config, self._saved_step)
+                self.log = RunLog(self.config.run_dir, self.config, self.saver.saved_step)
             with self.closing():
                 try:
                     self.prepare()
@@ -175,15 +176,19 @@ class Trainer:
         """One optimiser step from where the state stands; returns its figures if they were read."""
         position = self.state.position + self.schedule.samples_per_step
         rate = learning_rate(self.schedule.tokens(position), self.config)
-        inputs = self.batches.step(self.state.position)
+        meter = self.progress.meter
+        with meter.data():
+            inputs = self.batches.step(self.state.position)
         self.step.start(inputs.counts, rate)
-        for batch in inputs.micro_batches:
+        for batch in meter.each(inputs.micro_batches):
             self.step.micro_batch(batch.masked)
             self.progress.micro_batch(batch.samples, batch.valid_tokens)
         self.step.update()
         self.state.step += 1
         self.state.position = position
-        self.batches.prepare(position)  # while the device is busy
+        self.progress.launched(None if inputs.targets is None else inputs.targets.tolist())
+        with meter.data():
+            self.batches.prepare(position)  # while the device is busy
         figures = self.report(rate, inputs.targets)
         self.step.release()
         return figures
@@ -201,10 +206,11 @@ class Trainer:
         figures = self.check()
         assert figures is not None
         some = [True] * len(figures.losses) if targets is None else (targets > 0).tolist()
-        losses = [loss if has else None for loss, has in zip(figures.losses, some, strict=True)]
-        metrics = self.progress.step(losses, figures.norm, rate)
+        given = figures.losses, figures.accuracies
+        losses, accuracies = ([x if has else None for x, has in zip(xs, some, strict=True)] for xs in given)
+        metrics = self.progress.step(losses, accuracies, figures.norm, rate)
         if due and self.log is not None:
-            self.log.write("train", self.state.step, metrics)
+            self.log.write("train", self.state.step, {**metrics, **self.progress.meter.figures()})
         return figures
 
     def check(self) -> Figures | None:
@@ -225,7 +231,7 @@ class Trainer:
             self.state.position -= figures.lost * self.schedule.samples_per_step
             if self.state.skipped_steps:
                 found += f", after {self.state.skipped_steps} skipped steps"
-            raise diverged(f"step {step}: {found}; its samples are named in {NON_FINITE_FILE}", self.config)
+            raise self.diverged(f"step {step}: {found}; its samples are named in {NON_FINITE_FILE}")
         now = time.monotonic()
         self.state.seconds += now - self._checked_at
         self._checked_at = now
@@ -246,10 +252,11 @@ class Trainer:
         if state.evaluated_step == state.step:
             return
         self.check()
-        result, lines = self.evaluator.evaluate(self.model, averaged_model(self.averaged))
+        with self.progress.meter.apart():
+            result, lines = self.evaluator.evaluate(self.model, averaged_model(self.averaged))
         found = loss_that_is_not_finite([x or 0.0 for x in result["per_modality"].values()], self.config.modalities)
         if found is not None:
-            raise diverged(f"evaluation after step {state.step}: {found}", self.config)
+            raise self.diverged(f"evaluation after step {state.step}: {found}")
         self.keep_evaluation(result)
         for line in lines:
             log.info("step %d  eval %s", state.step, line)
@@ -265,74 +272,51 @@ class Trainer:
             state.evaluated_step = state.step
 
     def save(self, *, try_later: bool = False) -> None:
-        """Write a checkpoint from which training can go on, unless there is one of this step; else raise ValueError.
+        """See to a checkpoint from which training can go on, unless there is one of this step; else raise ValueError.
 
         Args:
-            try_later: where the disk is full or fails, say so and leave it to the next save.
+            try_later: as of `Saver.save`.
         """
         self.check()
-        if self._saved_step == self.state.step:
+        with self.progress.meter.apart():
+            self.save_what_is_known(try_later=try_later)
+
+    def save_what_is_known(self, *, try_later: bool) -> None:
+        """`save`, once the steps that were launched are known to be finite."""
+        if self.saver.has(self.state.step):
             return
         found = self.divergence()
         if found is not None:
-            raise diverged(f"after step {self.state.step} {found}", self.config)
+            raise self.diverged(f"after step {self.state.step} {found}")
         with self.stop.deferred():
-            model, optimizer = self.exchange.whole(self.model, self.optimizer)
-            contents = {"optimizer": optimizer, "loop": asdict(self.state), "random": random_state()}
-            contents["scaling"] = self.step.scaling()
-            failure = self.world.by_first(lambda: self.write(model, contents), CheckpointError, OSError)
-        if failure is None:
-            self._saved_step = self.state.step
-            return
-        if not try_later:
-            raise failure
-        if self.world.leads:
-            log.error("NOT SAVED after step %d: %s", self.state.step, failure)
-            later = self.schedule.next_due(self.config.save_ckpt_freq, self.state.step)
-            log.error("training goes on; the next save is tried after step %d, a stop signal tries at once", later)
+            self.saver.save(self.trained.contents(), self.log, try_later=try_later)
 
-    def write(self, model: HasWeights, contents: dict[str, Any]) -> None:
-        """Write a checkpoint. Raises CheckpointError or OSError where the disk is full or cannot be written."""
-        if self.log is not None:
-            self.log.flush()  # what leads to a checkpoint is on the disk before it
-        config, state, averaged = self.config, self.state, averaged_model(self.averaged)
-        loss = state.evaluation_loss
-        path = save_checkpoint(config.run_dir, state.step, model, contents, config, self.identity, loss, averaged)
-        log.info("saved %s", path)
+    def diverged(self, what: str) -> ValueError:
+        """The error that ends this run, once it is known which checkpoints there are; all ranks call it."""
+        self.saver.settle()
+        return diverged(what, self.config)
 
     def resume(self) -> None:
         """Take up the best checkpoint from which training can go on, if there is one, else ``init_from``."""
         if self.world.leads:
             clean_temporaries(self.config.run_dir)
         for found_there in starting_points_of(self.config, self.world):
-            path, saved = found_there.path, found_there.state
+            path = found_there.path
             changes = check_same_run(path, found_there.meta, self.config, self.identity)
-            load_matching(found_there.weights, self.model, str(path))
-            if self.averaged is not None:  # from here on, if they were not averaged before
-                load_matching(found_there.averaged or found_there.weights, self.averaged.model, str(path))
-            load_optimizer_state(self.optimizer, saved["optimizer"])
-            self.state.restore(saved["loop"])
-            self.step.start_at(self.state.skipped_steps, saved.get("scaling"))
+            self.trained.take_up(found_there)
             found = self.divergence()
             if found is None:
-                set_random_state(saved["random"])
-                self._saved_step = self.state.step
+                self.trained.take_up_random(found_there)
+                self.saver.saved_step = self.state.step
                 for change in changes:
                     log.warning("%s", change)
                 log.info("resuming from %s", path)
                 return
             log.warning("skipping %s: %s, the run had diverged there", path, found)
-            self.start_over()
+            self.trained.start_over()
         load_initial_weights(self.model, self.config)
         if self.averaged is not None:
             self.averaged.start_over()
-
-    def start_over(self) -> None:
-        """Weights, optimiser and state of a fresh run."""
-        load_matching(build_model(self.config, self.device).state_dict(), self.model, "initial values")
-        self.optimizer.state.clear()
-        self.state.restore({})
-        self.step.start_at(0)
 
     def divergence(self) -> str | None:
         """What is not finite in the weights, the optimiser, or the losses and gradients of a few samples to come."""
@@ -361,7 +345,9 @@ class Trainer:
             log.info("recording the step as CUDA graphs")
             with self.stop.deferred():
                 self.record(CudaGraphs(self.device, beside_others=self.world.size > 1))
-        self.progress.start()
+        peak = self.config.log.peak_tflops or matmul_rate(self.device, TRAINING_DTYPES[self.config.dtype]) / 1e12
+        log.info("mfu is of %.3g TFLOP/s a device (log.peak_tflops; null: what a matrix product reaches here)", peak)
+        self.progress.start(peak * 1e12 * self.world.size)
         self._checked_at = time.monotonic()
 
     def record(self, recorder: Recorder) -> None:
@@ -370,7 +356,7 @@ class Trainer:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close the bar and the loggers and write the summary, however the block ends."""
+        """Close the bar, the loggers and what saves, and write the summary, however the block ends."""
         try:
             yield
         except BaseException:
@@ -384,8 +370,9 @@ class Trainer:
         self.summarise()
 
     def close(self) -> None:
-        """Close the bar and the loggers; what they cannot write is said."""
+        """Close the bar, what saves, and the loggers; what they cannot write is said."""
         self.progress.close()
+        self.saver.close()
         if self.log is not None:
             self.log.close()
             self.log = None

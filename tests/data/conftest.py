@@ -8,6 +8,7 @@ import pytest
 from m4.data.preparation.prepare import prepare
 from m4.data.synthetic.clips import SynthOptions
 from m4.data.synthetic.synth import synthesize
+from tests.runs import write_tokens
 
 # Modalities, vocabularies and lengths for open_store.
 STORE = (["tok_rgb", "coords"], [65_536, 65_536], [256, 39])
@@ -28,6 +29,15 @@ def prepared(videos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "root"
     prepare(videos, out, progress=False)
     return out
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two splits of random tokens in folders. Read only."""
+    root = tmp_path_factory.mktemp("folders") / "root"
+    write_tokens(root, "train", 23, seed=1)
+    write_tokens(root, "eval", 7, seed=2)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,15 @@ from m4.data.framing import frame_for
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.prepare import prepare
 from m4.data.preparation.tokenize_video import shared_tokenizer
-from m4.data.tokenizers import make_tokenizer, mirrored_codes
-from m4.data.tokenizers.base import BASIS, LEVELS, VOCAB_SIZE
+from m4.data.synthetic.synth import SynthOptions, synthesize
+from m4.data.tokenizers import code_levels, code_values, make_tokenizer, mirrored_codes, tokenizer_of
+from m4.data.tokenizers.base import VOCAB_SIZE
 from m4.data.tokenizers.cosmos import CosmosTokenizer
-from m4.data.tokenizers.fsq import FSQTokenizer
+from m4.data.tokenizers.fsq import LEVELS, NEWEST, NUMBERINGS, FSQTokenizer, numbering_of
 from m4.errors import DataError
-from m4.modalities import mirror_image
+from m4.modalities import BINS, IMAGE_LEVELS, mirror_image
 
-# Row 8 of the first real frame, centred.
+# Row 8 of the first real frame, centred, by the first numbering.
 GOLDEN = [
     32850,
     30866,
@@ -56,7 +57,52 @@ def real_images(shared_dir):
 
 def test_levels_are_those_of_cosmos():
     assert np.prod(LEVELS) == VOCAB_SIZE == 64_000
-    assert list(BASIS) == [int(np.prod(LEVELS[:index])) for index in range(6)]
+    assert LEVELS == IMAGE_LEVELS == code_levels({}) == code_levels({"options": {"tokenizer": "cosmos"}})
+
+
+@pytest.mark.parametrize("name", NUMBERINGS)
+def test_every_code_has_one_id(name):
+    numbering, ids = numbering_of(name), np.arange(64_000)
+    levels = numbering.levels(ids)
+    for level, count in zip(levels, LEVELS, strict=True):
+        assert level.min() == 0
+        assert np.array_equal(np.bincount(level), np.full(count, 64_000 // count))
+    assert np.array_equal(numbering.ids(tuple(levels)), ids)
+    # The id's digits, of which the model's initial values know: a step of each changes one level by one.
+    step = 1
+    for count in numbering.digits():
+        changed = [level[step] - level[0] for level in levels]
+        assert sorted(map(abs, changed)) == [0] * 5 + [1]
+        step *= count
+    assert step == 64_000
+    assert code_levels({"options": {"tokenizer": "fsq"}, "tokenizer": {"id": name}}) == numbering.digits()
+
+
+def test_numberings_are_of_the_same_codes(real_images):
+    """What was prepared by the first numbering decodes as it did."""
+    old, new = (FSQTokenizer(name) for name in NUMBERINGS)
+    assert new.id == NEWEST == FSQTokenizer().id
+    before, now = old.encode(real_images), new.encode(real_images)
+    np.testing.assert_array_equal(old.decode(before), new.decode(now))
+    meta = {"options": {"tokenizer": "fsq"}, "tokenizer": {"id": old.id}}
+    np.testing.assert_array_equal(tokenizer_of(meta).decode(before), old.decode(before))
+    np.testing.assert_array_equal(code_values(meta)[before], code_values({"options": {"tokenizer": "fsq"}})[now])
+
+
+def test_hardly_any_block_shares_its_id_with_a_coordinate(real_images, tmp_path):
+    assert (FSQTokenizer().encode(real_images) < BINS).mean() < 0.001
+    synthesize(tmp_path, SynthOptions(videos=4, frames=(3, 3), seed=1), progress=False)
+    frames = [Image.open(path) for path in sorted(tmp_path.glob("frames/*/*.jpg"))]
+    drawn = np.stack([np.asarray(frame_for(im.size[::-1], *NOBODY, "center").apply_image(im)) for im in frames])
+    assert (FSQTokenizer().encode(drawn) < BINS).mean() < 0.001
+    assert (FSQTokenizer("fsq-block16-v1").encode(drawn) < BINS).mean() > 0.01  # what the numbering is for
+
+
+def test_a_numbering_of_another_version():
+    meta = {"options": {"tokenizer": "fsq"}, "tokenizer": {"id": "fsq-block16-v9"}}
+    for of in (tokenizer_of, code_levels, code_values, mirrored_codes):
+        with pytest.raises(DataError, match=r"tokenizer id: expected fsq-block16-v1 or .*'fsq-block16-v9'"):
+            of(meta)
 
 
 def test_fsq_psnr_on_real_frames(real_images):
@@ -123,7 +169,12 @@ def test_fsq_does_not_depend_on_the_batch(real_images):
     np.testing.assert_array_equal(whole, single)
     np.testing.assert_array_equal(tokenizer.decode(whole)[3], tokenizer.decode(whole[3:4])[0])
     # A permanent record: new code may not change what old token files mean.
-    assert whole[0, 8].tolist() == GOLDEN
+    assert FSQTokenizer("fsq-block16-v1").encode(real_images[:1])[0, 8].tolist() == GOLDEN
+    first = numbering_of("fsq-block16-v1").levels(np.array(GOLDEN))
+    assert whole[0, 8].tolist() == [
+        dn + 5 * across + 25 * fine + 125 * coarse + 1000 * cr + 8000 * (7 - cb)
+        for cb, cr, coarse, fine, across, dn in zip(*first, strict=True)
+    ]
 
 
 def test_fsq_colours_and_slopes_survive():

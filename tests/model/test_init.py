@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from m4.data.tokenizers import code_levels
 from m4.modalities import BINS, IMAGE_CODES, IMAGE_LEVELS, RowLayout
 from m4.model import M4, ModelConfig
 from m4.model.init import COPYING, FREQUENCIES, OCTAVE_FALL, OFFSETS, Looks, Space, bin_features, code_features
@@ -105,6 +106,17 @@ def test_features_of_codes_tell_digits_apart() -> None:
     other, all_digits = one_digit + 8, one_digit + (1 + 8 + 64 + 512 + 2560 + 12800)
     assert features[one_digit] @ features[other] > 0.6
     assert features[one_digit] @ features[all_digits] < 0.3
+
+
+def test_features_of_codes_by_the_digits_of_the_data() -> None:
+    """fsq numbers its codes another way than Cosmos; a run's initial values follow its data."""
+    levels = code_levels({"options": {"tokenizer": "fsq"}})
+    assert levels != IMAGE_LEVELS
+    features = code_features(levels)
+    assert features.unique(dim=0).shape[0] == IMAGE_CODES
+    slow = 25 * 3 + 5 * 2 + 2  # a step of the third digit
+    assert features[slow] @ features[slow + 25] > features[slow] @ features[slow + 2 * 25]
+    torch.testing.assert_close(code_features(), code_features(IMAGE_LEVELS))
 
 
 def test_output_rows_are_the_embeddings_own() -> None:

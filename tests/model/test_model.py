@@ -97,10 +97,9 @@ def test_micro_batches_with_global_counts_add_up() -> None:
     part_losses = [model(part, target_counts=whole_losses.counts) for part in parts]
     sum(losses.total for losses in part_losses).backward()
     torch.testing.assert_close(sum(x.per_modality for x in part_losses), whole_losses.per_modality)
-    # Of many rows the products are others than of few, so roundings differ: in float32 gradients of this model are up
-    # to 1e-5 off those in float64, whatever multiplies.
+    # Of many rows the products are others than of few, so roundings differ: in proportion to the largest gradient.
     for p, want in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference", "reference-matmul"])
@@ -156,7 +155,8 @@ def test_compiles_without_graph_break() -> None:
     losses.total.backward()
     torch.testing.assert_close(losses.per_modality, expected.per_modality)
     for p, want in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-6)
+        # Sums of some 30 tokens in another order, each of up to 64 products: rounding in proportion to the largest.
+        torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,14 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatcher.select("", CALL)
 
 
+def test_the_variable_is_for_ops_that_have_such_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher = Dispatcher("quantize_coords", ("cpp", "reference"), QuantizeBackend)
+    monkeypatch.setenv("M4KERNELS_BACKEND", "triton")
+    assert dispatcher.select("", CALL).__name__.endswith(".cpp")
+    with pytest.raises(ValueError, match="'triton' cannot run: quantize_coords has no such backend"):
+        dispatcher.select("triton", CALL)
+
+
 def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ext, "load", lambda: None)
     dispatcher = Dispatcher("quantize_coords", ("cpp", "reference"), QuantizeBackend)

@@ -121,7 +121,7 @@ def _progress(config=None, **state):
 def test_a_long_step_shows_how_far_it_is(clock, lines):
     """The first step of M4-config.yaml takes ten minutes on a CPU."""
     progress = _progress()
-    progress.start()
+    progress.start(peak=1e12)
     for _ in range(2):
         clock[0] += 120.0
         progress.micro_batch(96, 96 * 256)
@@ -134,7 +134,7 @@ def test_a_long_step_shows_how_far_it_is(clock, lines):
 
 def test_a_step_after_a_resume_shows_where_the_run_is(clock, lines):
     progress = _progress(step=24414, position=24414 * 480)
-    progress.start()
+    progress.start(peak=1e12)
     for _ in range(5):
         clock[0] += 12.0
         progress.micro_batch(96, 96 * 256)
@@ -149,7 +149,7 @@ def test_without_a_run_nothing_is_shown(clock, lines):
     for _ in range(5):
         clock[0] += 60.0
         progress.micro_batch(96, 96 * 256)
-    assert progress.step([1.0] * 4, 1.0, 0.1)["samples_per_s"] == pytest.approx(1.6)
+    assert progress.step([1.0] * 4, [0.5] * 4, 1.0, 0.1)["samples_per_s"] == pytest.approx(1.6)
     assert lines.messages == []
 
 

@@ -179,7 +179,7 @@ def test_a_file_system_that_does_not_tell_its_size(config, monkeypatch):
 def test_a_run_directory_that_vanishes_is_one_line(config, tiny_config):
     """The first save after hours finds no folder: the error names what is not there."""
     trainer = Trainer(config)
-    trainer.progress.start = lambda: shutil.rmtree(config.run_dir)
+    trainer.progress.start = lambda _: shutil.rmtree(config.run_dir)
     with pytest.raises(OSError, match=r"No such file or directory.*runs/tiny/metrics.jsonl"):
         trainer.run("command")
 

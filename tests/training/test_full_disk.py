@@ -14,12 +14,12 @@ from tests.training.step_setup import assert_same
 STEP = 0.008
 
 
-@pytest.fixture
-def config(tiny_train_config, caplog):
+@pytest.fixture(params=[True, False], ids=["background", "at once"])
+def config(tiny_train_config, caplog, request):
     caplog.set_level(logging.INFO, logger="m4")
     return dataclasses.replace(
         tiny_train_config, total_tokens=6 * STEP, token_warmup=STEP, eval_freq=100, save_ckpt_freq=2 * STEP,
-        eval_samples=1, eval_generate_samples=0,
+        eval_samples=1, eval_generate_samples=0, async_checkpoints=request.param,
     )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def _full_in(trainer, steps):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             save(**keywords)
+            trainer.saver.settle()  # what a thread writes, too, while there is no room
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 

@@ -124,3 +124,6 @@ def test_the_estimate_of_memory_against_what_autograd_keeps(config):
             assert estimate.activations == pytest.approx(found, rel=1 / 3)
         count = sum(p.numel() for p in trainer.model.parameters())
         assert (estimate.weights, estimate.moments, estimate.averages) == (4 * count, 8 * count, 0)
+        assert estimate.copy == 12 * count
+    at_once = Trainer(dataclasses.replace(config, async_checkpoints=False))
+    assert estimate_memory(at_once.config, at_once).copy == 0

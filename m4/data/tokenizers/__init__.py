@@ -10,21 +10,26 @@ import numpy as np
 
 from m4.data.tokenizers.base import ImageTokenizer
 from m4.errors import data_error
+from m4.modalities import IMAGE_LEVELS
 
 TOKENIZERS = ("fsq", "cosmos")
 
 
 def make_tokenizer(
-    name: str, cosmos_dir: str | os.PathLike | None = None, cosmos_dtype: str | None = None
+    name: str,
+    cosmos_dir: str | os.PathLike | None = None,
+    cosmos_dtype: str | None = None,
+    fsq_id: str | None = None,
 ) -> ImageTokenizer:
     """The tokenizer ``name``. Raises DataError for another name, or absent weights.
 
-    cosmos_dir: the folder of Cosmos' weights, None for the Hugging Face cache; cosmos_dtype: "bf16", "fp32" or None.
+    cosmos_dir: the folder of Cosmos' weights, None for the Hugging Face cache; cosmos_dtype: "bf16", "fp32" or None;
+    fsq_id: how the codes of fsq are numbered, None for the newest way.
     """
     if name == "fsq":
-        from m4.data.tokenizers.fsq import FSQTokenizer
+        from m4.data.tokenizers import fsq
 
-        return FSQTokenizer()
+        return fsq.FSQTokenizer(fsq_id or fsq.NEWEST)
     if name == "cosmos":
         from m4.data.tokenizers.cosmos import CosmosTokenizer
 
@@ -40,7 +45,25 @@ def tokenizer_of(
     name: another tokenizer instead. Raises DataError as `make_tokenizer` does.
     """
     options = meta.get("options", {})
-    return make_tokenizer(name or options.get("tokenizer", "fsq"), cosmos_dir, options.get("cosmos_dtype"))
+    return make_tokenizer(
+        name or options.get("tokenizer", "fsq"), cosmos_dir, options.get("cosmos_dtype"), fsq_id=_fsq_id(meta)
+    )
+
+
+def _fsq_id(meta: Mapping[str, Any]) -> str | None:
+    """How the codes of data with this meta.json are numbered, if they are those of fsq."""
+    named = meta.get("tokenizer", {}).get("id")
+    return named if meta.get("options", {}).get("tokenizer") == "fsq" else None
+
+
+def code_levels(meta: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many levels each digit of the image codes of data with this meta.json has, fastest digit first; those of
+    Cosmos where it does not say."""
+    if meta.get("options", {}).get("tokenizer") == "fsq":
+        from m4.data.tokenizers import fsq
+
+        return fsq.numbering_of(_fsq_id(meta) or fsq.NEWEST).digits()
+    return IMAGE_LEVELS
 
 
 def mirrored_codes(meta: Mapping[str, Any]) -> np.ndarray:
@@ -53,7 +76,7 @@ def mirrored_codes(meta: Mapping[str, Any]) -> np.ndarray:
     if name == "fsq":
         from m4.data.tokenizers import fsq
 
-        return fsq.mirrored_codes()
+        return fsq.mirrored_codes(_fsq_id(meta) or fsq.NEWEST)
     raise data_error(
         "data.mirror",
         expected="images of the tokenizer fsq, whose codes have a known mirror image",
@@ -62,4 +85,22 @@ def mirrored_codes(meta: Mapping[str, Any]) -> np.ndarray:
     )
 
 
-__all__ = ["TOKENIZERS", "ImageTokenizer", "make_tokenizer", "mirrored_codes", "tokenizer_of"]
+def code_values(meta: Mapping[str, Any]) -> np.ndarray | None:
+    """float32 (V, C): a point for each image code of data with this meta.json, of which the squared distance is that of
+    the decoded blocks; None where the tokenizer has none (Cosmos decodes by a network)."""
+    if meta.get("options", {}).get("tokenizer") == "fsq":
+        from m4.data.tokenizers import fsq
+
+        return fsq.code_values(_fsq_id(meta) or fsq.NEWEST)
+    return None
+
+
+__all__ = [
+    "TOKENIZERS",
+    "ImageTokenizer",
+    "code_levels",
+    "code_values",
+    "make_tokenizer",
+    "mirrored_codes",
+    "tokenizer_of",
+]

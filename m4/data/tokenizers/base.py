@@ -7,12 +7,9 @@ from typing import Protocol
 import numpy as np
 
 from m4.errors import data_error
-from m4.modalities import CANVAS, IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS
+from m4.modalities import CANVAS, IMAGE_CODES, IMAGE_GRID
 
 IMAGE_SIZE, GRID, VOCAB_SIZE = CANVAS, IMAGE_GRID, IMAGE_CODES
-
-LEVELS = IMAGE_LEVELS
-BASIS = (1, 8, 64, 512, 2560, 12800)  # what a step of each level adds to an id
 
 
 class ImageTokenizer(Protocol):

@@ -12,9 +12,14 @@ Source of the quantiser: Mentzer et al., "Finite Scalar Quantization: VQ-VAE Mad
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from m4.data.tokenizers.base import BASIS, GRID, IMAGE_SIZE, LEVELS, VOCAB_SIZE, check_images, check_tokens
+from m4.data.tokenizers.base import GRID, IMAGE_SIZE, VOCAB_SIZE, check_images, check_tokens
+from m4.errors import data_error
+
+LEVELS = (8, 8, 8, 5, 5, 5)  # of Cb, Cr, coarse and fine luma, slope across, slope down
 
 _BLOCK = IMAGE_SIZE // GRID
 # ITU-R BT.601, full range (JPEG).
@@ -27,11 +32,62 @@ _SLOPE_REACH, _CHROMA_REACH, _GROWTH = 60.0, 45.0, 3.0
 _BLEND_POWER, _SLOPE_GAIN = 4, 0.9
 
 
-class FSQTokenizer:
-    """Training-free 16x16-block tokenizer with 64,000 codes (see the module's text)."""
+class Numbering(NamedTuple):
+    """How the six levels of a code become its id."""
 
-    id = "fsq-block16-v1"
+    first: int  # the id of levels 0
+    steps: tuple[int, ...]  # what a step of each level adds
+
+    def ids(self, levels: tuple[np.ndarray, ...]) -> np.ndarray:
+        """int64, of the shape of each level."""
+        return self.first + np.tensordot(self.steps, np.stack(levels), 1)
+
+    def levels(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The inverse."""
+        digits = [ids // abs(step) % count for step, count in zip(self.steps, LEVELS, strict=True)]
+        return [
+            digit if step > 0 else count - 1 - digit
+            for digit, step, count in zip(digits, self.steps, LEVELS, strict=True)
+        ]
+
+    def digits(self) -> tuple[int, ...]:
+        """The counts of levels in the order of the id's digits, fastest first."""
+        return tuple(count for _, count in sorted(zip(map(abs, self.steps), LEVELS, strict=True)))
+
+
+# A model has one row for an id, whatever modality it is of: an image code below 8,192 shares it with a coordinate bin.
+# By the first numbering these were codes of blocks much darker at the bottom, 3 to 4 % of all in our scenes, and where
+# ankles are was hard to learn. By the second they are the bluest there are, and hardly any block is.
+NUMBERINGS = {
+    "fsq-block16-v1": Numbering(0, (1, 8, 64, 512, 2560, 12800)),
+    "fsq-block16-v2": Numbering(56_000, (-8000, 1000, 125, 25, 5, 1)),
+}
+NEWEST = "fsq-block16-v2"
+
+
+def numbering_of(tokenizer_id: str) -> Numbering:
+    """Raises DataError for an id that is none of ours."""
+    if tokenizer_id not in NUMBERINGS:
+        raise data_error(
+            "meta.json, tokenizer id",
+            expected=" or ".join(NUMBERINGS),
+            actual=repr(tokenizer_id),
+            remedy="Use the version of m4 that prepared the data, or prepare it again.",
+        )
+    return NUMBERINGS[tokenizer_id]
+
+
+class FSQTokenizer:
+    """Training-free 16x16-block tokenizer with 64,000 codes (see the module's text).
+
+    tokenizer_id: which numbering of the codes; data that was prepared with an earlier one keeps it. Raises DataError
+    for one that is not known.
+    """
+
     vocab_size = VOCAB_SIZE
+
+    def __init__(self, tokenizer_id: str = NEWEST) -> None:
+        self.id, self._numbering = tokenizer_id, numbering_of(tokenizer_id)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 (B, 256, 256, 3) RGB → int64 (B, 16, 16)."""
@@ -54,26 +110,46 @@ class FSQTokenizer:
             _quantize(across, _SLOPE_REACH, -2, 2),
             _quantize(down, _SLOPE_REACH, -2, 2),
         )
-        return sum(level * base for level, base in zip(levels, BASIS, strict=True))
+        return self._numbering.ids(levels)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Integer (B, 16, 16) → uint8 (B, 256, 256, 3) RGB."""
         tokens = check_tokens(tokens, self.vocab_size)
-        levels = [tokens // base % count for base, count in zip(BASIS, LEVELS, strict=True)]
-        luma = (levels[2] * LEVELS[3] + levels[3] + 0.5) * (256 / _LUMA_LEVELS)
-        across, down = (_dequantize(level - 2, _SLOPE_REACH, 2) for level in levels[4:])
+        luma, cb, cr, across, down = _components(self._numbering.levels(tokens))
         blend, ramp, linear = _BLEND, _RAMP, _LINEAR
         planes = blend @ luma @ blend.T + blend @ across @ ramp.T + ramp @ down @ blend.T
-        chroma = [linear @ _dequantize(level - 3, _CHROMA_REACH, 3) @ linear.T for level in levels[:2]]
+        chroma = [linear @ plane @ linear.T for plane in (cb, cr)]
         rgb = np.stack([planes, *chroma], axis=-1) @ _YCC_TO_RGB.T
         return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
 
 
-def mirrored_codes() -> np.ndarray:
+def mirrored_codes(tokenizer_id: str = NEWEST) -> np.ndarray:
     """int64 (64000,): the code of each code's block mirrored left to right, which turns its slope across around."""
-    codes = np.arange(VOCAB_SIZE)
-    across = codes // BASIS[4] % LEVELS[4]
-    return codes + (LEVELS[4] - 1 - 2 * across) * BASIS[4]
+    numbering = numbering_of(tokenizer_id)
+    *others, across, down = numbering.levels(np.arange(VOCAB_SIZE))
+    return numbering.ids((*others, LEVELS[4] - 1 - across, down))
+
+
+def code_values(tokenizer_id: str = NEWEST) -> np.ndarray:
+    """float32 (64000, 5): the mean red, green and blue of each code's block and its slopes across and down, in grey
+    levels and so scaled that the squared distance of two codes tells that of the decoded pictures: the squared error
+    summed over red, green and blue, as a mean over the pixels where all blocks change alike in colour, and in
+    proportion where one block alone changes. (Clipping is left aside.)"""
+    luma, cb, cr, across, down = _components(numbering_of(tokenizer_id).levels(np.arange(VOCAB_SIZE)))
+    colour = np.stack([luma, cb, cr], axis=-1) @ _YCC_TO_RGB.T
+    # Of a block between plain ones: what a slope of one grey level adds to the error, beside a mean of one grey level.
+    middle = GRID // 2
+    ramp = np.linalg.norm(_RAMP[:, middle]) / np.linalg.norm(_BLEND[:, middle])
+    slopes = np.stack([across, down], axis=-1) * (ramp * np.sqrt(3))  # it changes red, green and blue alike
+    return np.concatenate([colour, slopes], axis=-1).astype(np.float32)
+
+
+def _components(levels: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Mean luma, mean Cb and Cr, slopes of luma across and down that levels stand for, in grey levels."""
+    luma = (levels[2] * LEVELS[3] + levels[3] + 0.5) * (256 / _LUMA_LEVELS)
+    cb, cr = (_dequantize(level - 3, _CHROMA_REACH, 3) for level in levels[:2])
+    across, down = (_dequantize(level - 2, _SLOPE_REACH, 2) for level in levels[4:])
+    return luma, cb, cr, across, down
 
 
 def _quantize(value: np.ndarray, reach: float, lowest: int, highest: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Public function linear and its registration with torch.library."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -10,14 +9,21 @@ from torch import Tensor
 
 from m4kernels import _checks, _ext
 from m4kernels._library import Op, is_batched
-from m4kernels.dispatch import AUTO, ENVIRONMENT_VARIABLE, Dispatcher
+from m4kernels.dispatch import AUTO, Dispatcher
 from m4kernels.ops.linear.arguments import OP, LinearArguments, LinearBackend, Wanted
 from m4kernels.processor import has_amx, slow_bf16
 
+
+def _constant_when_traced(function: Any) -> Any:
+    """`torch.compiler.assume_constant_result`, but that imports Dynamo and Triton, which takes every start seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 dispatcher: Dispatcher[LinearBackend] = Dispatcher(OP, ("cpp", "reference"), LinearBackend)
 
-# Where the automatic choice takes our own products (measured in benchmarks/NOTES.md, "linear"): of float32 with registers
-# of 512 bits, since PyTorch's are faster with narrower ones; of bfloat16 wherever PyTorch's have no AMX.
+# Where the automatic choice takes our own products (measured in benchmarks/NOTES.md, "linear"): of float32 with
+# registers of 512 bits, since PyTorch's are faster with narrower ones; of bfloat16 wherever PyTorch's have no AMX.
 OWN_LEVELS = {torch.float32: ("avx512", "avx512bf16"), torch.bfloat16: ("avx2", "avx512", "avx512bf16")}
 # Fewer rows, and packing the weight costs more than multiplying it faster gains; a narrower weight, and the call's own
 # 40 us do. Neither counts in bfloat16 without instructions for it, where PyTorch's products are several times slower.
@@ -87,12 +93,12 @@ def own_products_serve(call: LinearArguments) -> bool:
     return large or (call.operand_dtype == torch.bfloat16 and not _has_fast_bf16())
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _named(backend: str) -> str:
-    return backend or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return dispatcher.named(backend)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def why_not_own_products(dtype: torch.dtype) -> str | None:
     """Why the automatic choice never takes the backend cpp for operands of float32, of bfloat16, on this machine; None
     where it does."""
@@ -105,7 +111,7 @@ def why_not_own_products(dtype: torch.dtype) -> str | None:
     return None if level in OWN_LEVELS[dtype] else f"at the SIMD level {level} PyTorch's products are as fast"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _has_fast_bf16() -> bool:
     return slow_bf16() is None
 

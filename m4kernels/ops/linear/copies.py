@@ -40,7 +40,7 @@ def held() -> int:
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """The copy of a float32 parameter in bfloat16, of its values now; outside a step, or of anything else, itself."""
+    """A float32 parameter in bfloat16, of its values now; anything else, and outside a step all, as it is."""
     if _step <= 0 or weight.dtype != torch.float32 or not (weight.is_leaf and weight.requires_grad):
         return weight
     key = id(weight)

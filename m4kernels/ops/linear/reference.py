@@ -11,8 +11,8 @@ can_run = runs_always
 
 
 def linear(call: LinearArguments) -> Tensor:
-    """(T, N): products of operands that are rounded to `call.operand_dtype`; everything else in `call.sum_dtype`, and
-    rounded once at the end."""
+    """(T, N): products of operands that are rounded to `call.operand_dtype`; all else in `call.sum_dtype`, rounded once
+    at the end."""
     y = _input(call) @ _rounded(call, call.weight).T
     for summand in (call.bias, call.residual):
         if summand is not None:

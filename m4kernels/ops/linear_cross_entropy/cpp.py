@@ -12,7 +12,7 @@ limit, widest first.
 import torch
 from torch import Tensor
 
-from m4kernels import _ext
+from m4kernels import _ext, _memory
 from m4kernels._workspace import workspace
 from m4kernels.backend import runs_always
 from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
@@ -53,7 +53,7 @@ def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, T
     nll = new(tokens, dtype=dtype)
     correct = new(tokens, dtype=torch.bool)
     dx = new((tokens, dim) if call.x_grad else 0, dtype=dtype)
-    dweight = torch.empty((classes, dim) if call.weight_grad else 0, dtype=dtype)
+    dweight = _memory.empty((classes, dim) if call.weight_grad else (0,), dtype)
 
     pointers = tokens_at | {"targets": targets.data_ptr(), "nll": nll.data_ptr(), "correct": correct.data_ptr()}
     if not _fused(call, pointers, count, dx, dweight):

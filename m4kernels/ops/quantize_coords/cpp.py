@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from m4kernels import _ext
+from m4kernels import _ext, _memory
 from m4kernels._dtypes import compute_dtype
 from m4kernels.backend import runs_always
 from m4kernels.ops.quantize_coords.arguments import DequantizeArguments, QuantizeArguments
+
+_LARGE = _memory.SMALLEST // 24  # joints: a call of a few microseconds does not ask
 
 can_run = runs_always
 
@@ -18,6 +20,7 @@ def quantize_coords(call: QuantizeArguments) -> Tensor:
     xy, visible, scale, offset, canvas, bins = call
     dtype = compute_dtype(xy.dtype)
     *batch, joints, _ = xy.shape
+    count = math.prod(batch)
     xy = (xy if xy.dtype is dtype else xy.to(dtype)).contiguous()
     visible = visible.contiguous()
     scale_step = offset_step = 0
@@ -25,7 +28,9 @@ def quantize_coords(call: QuantizeArguments) -> Tensor:
         pairs = (*batch, 2)
         scale, scale_step = (None, 0) if scale is None else per_sample(scale, pairs, dtype)
         offset, offset_step = (None, 0) if offset is None else per_sample(offset, pairs, dtype)
-    tokens = torch.empty((*batch, 3 * joints), dtype=torch.int64)
+    shape = (*batch, 3 * joints)
+    # A large one where an earlier one was: page faults would take three times as long as all the rest.
+    tokens = torch.empty(shape, dtype=torch.int64) if count * joints < _LARGE else _memory.empty(shape, torch.int64)
     extension = _ext.require()
     kernel = extension.quantize_coords_f64 if dtype is torch.float64 else extension.quantize_coords_f32
     kernel(
@@ -36,7 +41,7 @@ def quantize_coords(call: QuantizeArguments) -> Tensor:
         scale_step=scale_step,
         offset_step=offset_step,
         tokens=tokens.data_ptr(),
-        n=math.prod(batch),
+        n=count,
         joints=joints,
         canvas=canvas,
         bins=bins,

@@ -43,7 +43,7 @@ def test_layout(prepared):
     assert [row["pid"] for row in rows] == [f"{number:06d}" for number in range(len(rows))]
     meta = json.loads((prepared / "meta.json").read_text())
     assert sum(meta["splits"].values()) == len(rows)
-    assert meta["tokenizer"] == {"id": "fsq-block16-v1", "vocab_size": 64_000}
+    assert meta["tokenizer"] == {"id": "fsq-block16-v2", "vocab_size": 64_000}
     assert meta["options"]["framing"] == "subject"
     for split in SPLITS:
         pids = {modality: {path.name for path in (prepared / split / modality).iterdir()} for modality in MODALITIES}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from m4.evaluation.poses import Poses, bounding_boxes, median_pose, nearest_figures, pose_figures
+from m4.poses import Poses, bounding_boxes, median_pose, nearest_figures, pose_figures
 
 BINS = 257  # so that a bin is a pixel
 

@@ -1,0 +1,204 @@
+"""An id for every decoder output, out of the ids that it may be, without holding whole logits.
+
+Logits are computed for some rows and some ids at a time, and what is kept of them is small: the likeliest id and the
+probability of all ids together. To draw an id, first a stretch of ids is drawn by its probability, then an id of it,
+whose logits are computed once more; the median of a scale is the draw of 1/2. Only top-k and top-p sort whole rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m4.generation.estimates import CodeValues
+
+# Matrix products of fewer rows go by other code, whose last bits differ: BLAS has kernels for vectors.
+MIN_ROWS = 16
+# Rows and ids that are held at once: on a CPU 4 MB, which stays in the cache (64 x 8192 takes a quarter more, others of
+# this size make no difference; EPYC of Zen 5, 2026-11-26); on a GPU 256 MB.
+_BLOCKS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
+_SORTED_BYTES = 1 << 25  # of logits of whole rows, which top-k and top-p need; sorting them takes five times as much
+_COLDEST = 1e-6  # temperatures below are as this one: nothing but the likeliest id is left
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How ids are drawn: as `m4.generation.options.Decoding` says."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    @property
+    def restricted(self) -> bool:
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
+
+
+class Chosen(NamedTuple):
+    """What `choose` returns."""
+
+    ids: Tensor  # int64 (T,)
+    log_p: Tensor  # float64 (T,): the log-probability of the id under the model, of a median that of the likeliest
+    shown: Tensor  # int64 (T,): the ids, but at temperature 0 the codes of least expected error of pictures
+
+
+def choose(
+    y: Tensor,
+    weight: Tensor,
+    limits: Tensor,
+    ordinal: Tensor,
+    rule: Rule,
+    uniform: Tensor | None = None,
+    code_values: CodeValues | None = None,
+) -> Chosen:
+    """An id for each row, and how sure it is.
+
+    Args:
+        y: (T, D), decoder outputs.
+        weight: (V, D), of the output layer; logits are y · weightᵀ.
+        limits: int64 (T,), ids are below it.
+        ordinal: bool (T,), where ids are steps of a scale; at temperature 0 their median is taken.
+        uniform: float64 (T,) in [0, 1), where in the distribution the id is drawn; needed above temperature 0.
+        code_values: what image codes stand for, ``where`` bool (T,) of the rows; None if that is not known.
+    """
+    ids, log_p = torch.empty_like(limits), torch.empty(len(limits), dtype=torch.float64, device=y.device)
+    shown = torch.empty_like(limits)
+    at = torch.full_like(log_p, 0.5) if uniform is None else uniform
+    coded = torch.zeros_like(ordinal) if code_values is None else code_values.where
+    kinds = limits * 4 + (ordinal * 2 + coded if rule.temperature == 0 else 0)  # what is chosen alike
+    for kind in kinds.unique().tolist():
+        limit, on_scale, pictured = kind // 4, kind // 2 % 2, kind % 2
+        rows = (kinds == kind).nonzero()[:, 0]
+        x, head = y[rows], weight[:limit]
+        if rule.restricted:
+            ids[rows], log_p[rows] = _among_the_likeliest(x, head, rule, at[rows])
+        elif rule.temperature == 0:
+            values = code_values.values[:limit] if code_values is not None and pictured else None
+            stretches = _Stretches.of(x, head, 1.0, values)
+            ids[rows], log_p[rows] = stretches.likeliest()
+            if on_scale:
+                ids[rows] = stretches.quantile(at[rows])[0]
+        else:
+            stretches = _Stretches.of(x, head, max(rule.temperature, _COLDEST))
+            ids[rows], logits = stretches.quantile(at[rows])
+            log_p[rows] = logits.double() - stretches.log_total
+        shown[rows] = ids[rows]
+        if code_values is not None and pictured:
+            shown[rows] = code_values.closest(stretches.expected, limit)
+    return Chosen(ids, log_p, shown)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """float32 x · weightᵀ, whose rows do not depend on each other down to the last bit."""
+    rows = len(x)
+    if rows < MIN_ROWS:
+        x = x[torch.arange(MIN_ROWS, device=x.device) % rows]
+    return F.linear(x, weight)[:rows].float()
+
+
+def _row_blocks(rows: int, most: int) -> list[slice]:
+    """Stretches of about equal length, at most ``most``: none is short where there are many."""
+    parts = -(-rows // most)
+    ends = [rows * part // parts for part in range(parts + 1)]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class _Stretches:
+    """What is kept of the logits of T rows over S stretches of ids."""
+
+    x: Tensor
+    weight: Tensor
+    temperature: float
+    size: int  # ids of a stretch, the last may be shorter
+    best: Tensor  # float32 (T, S): the largest logit
+    best_id: Tensor  # int64 (T, S)
+    mass: Tensor  # float64 (T, S): log of the sum of exp(logit / temperature)
+    log_total: Tensor  # float64 (T,): log of the sum of exp(logit) over all ids
+    expected: Tensor  # float32 (T, C): the mean of the ids' values, if there are any
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, temperature: float, values: Tensor | None = None) -> _Stretches:
+        """values: float32 (V, C), of each id."""
+        values = weight.new_empty((len(weight), 0), dtype=torch.float32) if values is None else values
+        shared = temperature == 1  # the two sums are one
+        most, size = _BLOCKS["cuda" if x.is_cuda else "cpu"]
+        starts = range(0, len(weight), size)
+        shape = len(x), len(starts)
+        best = torch.empty(shape, device=x.device)
+        best_id = torch.empty(shape, dtype=torch.int64, device=x.device)
+        mass = torch.empty(shape, dtype=torch.float64, device=x.device)
+        plain = mass if shared else torch.empty_like(mass)
+        points = torch.empty((*shape, values.shape[1]), device=x.device)  # sums of exp(logit - largest) · value
+        for rows in _row_blocks(len(x), most):
+            for number, start in enumerate(starts):
+                logits = _product(x[rows], weight[start : start + size])
+                highest, where = logits.max(-1)
+                best[rows, number], best_id[rows, number] = highest, where + start
+                logits -= highest[:, None]
+                if not shared:
+                    scaled = (logits / temperature).exp_().sum(-1)
+                    mass[rows, number] = highest.double() / temperature + scaled.double().log_()
+                plain[rows, number] = highest.double() + logits.exp_().sum(-1).double().log_()
+                points[rows, number] = logits @ values[start : start + size]
+        total = plain.logsumexp(-1)
+        expected = (points * (best - total[:, None]).exp()[..., None]).sum(1).float()
+        return cls(x, weight, temperature, size, best, best_id, mass, total, expected)
+
+    def likeliest(self) -> tuple[Tensor, Tensor]:
+        """The likeliest id of each row (the lowest of equals), and its log-probability."""
+        stretch = self.best.argmax(-1, keepdim=True)
+        highest = self.best.gather(-1, stretch)[:, 0].double()
+        return self.best_id.gather(-1, stretch)[:, 0], highest - self.log_total
+
+    def quantile(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The first id of each row at which the probability of it and all lower ids is above ``at``; its logit."""
+        shares = self.mass.softmax(-1)
+        stretch, before = _first_above(shares, at * shares.sum(-1))
+        within = (at * shares.sum(-1) - before) / shares.gather(-1, stretch[:, None])[:, 0]
+        ids, logits = torch.empty_like(stretch), torch.empty(len(stretch), device=at.device)
+        for number in stretch.unique().tolist():
+            rows = (stretch == number).nonzero()[:, 0]
+            start = number * self.size
+            for some in rows.split(_BLOCKS["cpu"][0]):
+                found = _product(self.x[some], self.weight[start : start + self.size])
+                p = (found.double() / self.temperature).softmax(-1)
+                index, _ = _first_above(p, within[some] * p.sum(-1))
+                ids[some], logits[some] = index + start, found.gather(-1, index[:, None])[:, 0]
+        return ids, logits
+
+
+def _first_above(p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index of each row of p (T, N) at which the running sum is above target (T,), and the sum before it.
+
+    Where rounding leaves none it is the last index with a probability: never one that has none.
+    """
+    sums = p.cumsum(-1)
+    last = sums.argmax(-1)  # the first of equals
+    index = torch.minimum((sums <= target[:, None]).sum(-1), last)
+    before = F.pad(sums, (1, 0)).gather(-1, index[:, None])[:, 0]
+    return index, before
+
+
+def _among_the_likeliest(x: Tensor, weight: Tensor, rule: Rule, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws among the ids that top-k and top-p leave; as `choose`."""
+    ids, log_p = torch.empty(len(x), dtype=torch.int64, device=x.device), torch.empty_like(at)
+    count = len(weight) if rule.top_k is None else min(rule.top_k, len(weight))
+    temperature = max(rule.temperature, _COLDEST)
+    for rows in _row_blocks(len(x), max(MIN_ROWS, _SORTED_BYTES // (4 * len(weight)))):
+        logits = _product(x[rows], weight)
+        ranked, order = logits.topk(count) if rule.top_k is not None else logits.sort(dim=-1, descending=True)
+        p = (ranked.double() / temperature).softmax(-1)
+        # An id is left where those before it do not have the probability yet; the first always is.
+        left = p.cumsum(-1) - p < rule.top_p
+        left[:, 0] = True
+        p = torch.where(left, p, 0.0)
+        place, _ = _first_above(p, at[rows] * p.sum(-1))
+        ids[rows] = order.gather(-1, place[:, None])[:, 0]
+        log_p[rows] = ranked.gather(-1, place[:, None])[:, 0].double() - logits.double().logsumexp(-1)
+    return ids, log_p
