@@ -17,7 +17,7 @@ import torch
 import m4kernels.ops
 from m4kernels import __version__, _ext
 from m4kernels.dispatch import BACKENDS, unavailable, usual_device
-from m4kernels.ops.linear.api import FEWEST_ROWS, why_not_own_products
+from m4kernels.ops.linear.api import FEWEST_ROWS, NARROWEST, why_not_own_products
 from m4kernels.processor import dots_bf16
 
 
@@ -46,8 +46,9 @@ def _products(dtype: torch.dtype) -> str:
     why_not = why_not_own_products(dtype)
     if why_not is not None:
         return f"PyTorch's: {why_not}"
-    own = f"the extension's (backend cpp of linear), from {FEWEST_ROWS} rows on"
-    return own if dtype == torch.float32 or dots_bf16() else f"{own}, as float32"
+    if dtype == torch.bfloat16 and not dots_bf16():
+        return "the extension's (backend cpp of linear), as float32"
+    return f"the extension's (backend cpp of linear) from {FEWEST_ROWS} rows on where K and N are {NARROWEST} or more"
 
 
 def _gpus() -> str:

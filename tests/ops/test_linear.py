@@ -19,6 +19,13 @@ everywhere = pytest.mark.parametrize("target", TARGETS)
 Target = tuple[str, str]
 
 
+@pytest.fixture
+def for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The automatic choice as for large calls."""
+    monkeypatch.setattr(api, "FEWEST_ROWS", 64)
+    monkeypatch.setattr(api, "NARROWEST", 4)
+
+
 class Case(NamedTuple):
     x: Tensor
     weight: Tensor
@@ -210,6 +217,7 @@ def test_float32_stays_float32_whatever_pytorch_may_round() -> None:
     assert (exact["y"] - truth["y"]).abs().max() < 1e-4
 
 
+@pytest.mark.usefixtures("for_all_sizes")
 @pytest.mark.parametrize("backend", ["cpp", "reference", None])
 def test_autocast(backend: str | None) -> None:
     arguments = case(80, 64, 48, gelu=True, more=True)
@@ -243,6 +251,7 @@ def test_opcheck(target: Target) -> None:
             torch.library.opcheck(torch.ops.m4kernels.linear_backward.default, (*backward, *wanted, backend))
 
 
+@pytest.mark.usefixtures("for_all_sizes")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["cpp", "reference", None])
 def test_compiles_without_graph_break(backend: str | None, autocast: bool) -> None:
@@ -265,6 +274,7 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     assert all(torch.equal(again[name], value) for name, value in kept.items())
 
 
+@pytest.mark.usefixtures("for_all_sizes")
 def test_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(api, "_op", lambda *args: ran.append(args[-1]))
@@ -273,7 +283,15 @@ def test_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     linear(x, weight)
     linear(x.bfloat16(), weight.bfloat16())
     assert ran == ["cpp", "cpp"]
+    monkeypatch.setattr(api, "slow_bf16", lambda: None)
     assert torch.equal(linear(x[:63], weight), F.linear(x[:63], weight))
+    assert torch.equal(linear(x, weight[:3]), F.linear(x, weight[:3]))
+    linear(x[:63].bfloat16(), weight.bfloat16())
+    assert ran == ["cpp", "cpp"]
+    monkeypatch.setattr(api, "slow_bf16", lambda: "no instructions")
+    linear(x[:63].bfloat16(), weight.bfloat16())
+    assert ran == ["cpp", "cpp", "cpp"]
+    ran.pop()
     assert torch.equal(linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
     monkeypatch.setattr(api, "why_not_own_products", lambda dtype: "another processor")
     residual = torch.randn(64, 4)

@@ -13,8 +13,10 @@ from tests.training.step_setup import CPU, ON_A_CPU, Steps
 
 
 @pytest.fixture
-def config(tiny_train_config):
-    # More than the 64 rows from which on the layers' products are the extension's, in two micro-batches.
+def config(tiny_train_config, monkeypatch):
+    # In two micro-batches, with layers of the size that the extension multiplies.
+    monkeypatch.setattr(api, "FEWEST_ROWS", 64)
+    monkeypatch.setattr(api, "NARROWEST", 8)
     return dataclasses.replace(tiny_train_config, batch_size=16, global_batch_size=32)
 
 

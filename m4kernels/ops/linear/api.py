@@ -1,5 +1,6 @@
 """Public function linear and its registration with torch.library."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from m4kernels import _checks, _ext
 from m4kernels._library import Op, is_batched
 from m4kernels.dispatch import AUTO, Dispatcher
 from m4kernels.ops.linear.arguments import OP, LinearArguments, LinearBackend, Wanted
-from m4kernels.processor import has_amx
+from m4kernels.processor import has_amx, slow_bf16
 
 
 def _constant_when_traced(function: Any) -> Any:
@@ -21,11 +22,13 @@ def _constant_when_traced(function: Any) -> Any:
 
 dispatcher: Dispatcher[LinearBackend] = Dispatcher(OP, ("cpp", "reference"), LinearBackend)
 
-# Where the automatic choice takes our own products (benchmarks/NOTES.md, "linear", has the measurements): so many rows
-# that packing the weight costs little beside multiplying it, and of float32 with registers of 512 bits. Of bfloat16
-# PyTorch's are as fast only with AMX; without instructions for it they are several times slower than ours.
+# Where the automatic choice takes our own products (measured in benchmarks/NOTES.md, "linear"): of float32 with
+# registers of 512 bits, since PyTorch's are faster with narrower ones; of bfloat16 wherever PyTorch's have no AMX.
 OWN_LEVELS = {torch.float32: ("avx512", "avx512bf16"), torch.bfloat16: ("avx2", "avx512", "avx512bf16")}
-FEWEST_ROWS = 64
+# Fewer rows, and packing the weight costs more than multiplying it faster gains; a narrower weight, and the call's own
+# 40 us do. Neither counts in bfloat16 without instructions for it, where PyTorch's products are several times slower.
+FEWEST_ROWS = 256
+NARROWEST = 256
 
 
 def linear(
@@ -43,8 +46,8 @@ def linear(
     as x is read, and once more in the backward pass; so only x is kept for that. Differentiable once, in all tensors;
     but what PyTorch computes (see `backend`) as often as PyTorch does.
 
-    Products of float32 are of float32 whatever `torch.set_float32_matmul_precision` says, of bfloat16 add up in
-    float32.
+    In the backends, products of float32 are of float32 whatever `torch.set_float32_matmul_precision` says, and those of
+    bfloat16 add up in float32.
     Under `torch.autocast` GELU(x) and weight are rounded to its dtype, bias and residual are not; the result has that
     dtype, or the residual's where it is wider, and a float32 weight receives its gradient in full float32. The backend
     cpp gives the same bits for every number of threads.
@@ -55,9 +58,9 @@ def linear(
         bias, residual: any of these dtypes.
         gelu: whether the layer's input is GELU(x).
         backend: "cpp" (CPU; float32 and bfloat16), "reference" or "auto"; default what the variable M4KERNELS_BACKEND
-            names, else auto. The automatic choice is cpp on a CPU from 64 rows on, in float32 with AVX-512, in bfloat16
-            with AVX2 and no AMX; elsewhere, and on every GPU, the expression above, which PyTorch computes and
-            differentiates.
+            names, else auto. The automatic choice is cpp on a CPU, in float32 with AVX-512, in bfloat16 with AVX2
+            and no AMX, for T, K and N of some hundreds at least; elsewhere, and on every GPU, the expression above,
+            which PyTorch computes and differentiates.
 
     Returns:
         (T, N), contiguous.
@@ -72,8 +75,8 @@ def linear(
     named = _named(backend or "")
     if named in ("", AUTO):
         call = LinearArguments(x, weight, bias, residual, bool(gelu), autocast_dtype)
-        call.check_structure()
         if not own_products_serve(call):
+            call.check_structure()
             return _in_pytorch(call)
         named = "cpp"
     return _op(x, weight, bias, residual, bool(gelu), autocast_dtype, named)
@@ -81,9 +84,13 @@ def linear(
 
 def own_products_serve(call: LinearArguments) -> bool:
     """Whether the automatic choice takes the backend cpp for a call."""
-    if call.device.type != "cpu" or call.foreign_dtype() is not None or call.x.shape[0] < FEWEST_ROWS:
+    x, weight = call.x, call.weight
+    if x.device.type != "cpu" or x.dim() != 2 or weight.dim() != 2 or call.foreign_dtype() is not None:
         return False
-    return why_not_own_products(call.operand_dtype) is None
+    if why_not_own_products(call.operand_dtype) is not None:
+        return False
+    large = x.shape[0] >= FEWEST_ROWS and min(weight.shape) >= NARROWEST
+    return large or (call.operand_dtype == torch.bfloat16 and not _has_fast_bf16())
 
 
 @_constant_when_traced
@@ -104,6 +111,11 @@ def why_not_own_products(dtype: torch.dtype) -> str | None:
     return None if level in OWN_LEVELS[dtype] else f"at the SIMD level {level} PyTorch's products are as fast"
 
 
+@_constant_when_traced
+def _has_fast_bf16() -> bool:
+    return slow_bf16() is None
+
+
 def _in_pytorch(call: LinearArguments) -> Tensor:
     y = F.linear(F.gelu(call.x) if call.gelu else call.x, call.weight, call.bias)
     return y if call.residual is None else y + call.residual
@@ -117,6 +129,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def _without_autocast(call: LinearArguments) -> AbstractContextManager[Any]:
+    """The products are in the dtype that the call asks for: autocast must not touch those inside."""
+    device = call.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _select(call: LinearArguments, backend: str) -> LinearBackend:
     call.check_structure()
     return dispatcher.select(backend, call)
@@ -125,8 +143,7 @@ def _select(call: LinearArguments, backend: str) -> LinearBackend:
 def _forward(*args: Any) -> Tensor:
     call = LinearArguments(*args[:-1])
     module = _select(call, args[-1])
-    # The products are in the dtype that the call asks for: autocast must not touch those inside.
-    with torch.autocast(call.device.type, enabled=False):
+    with _without_autocast(call):
         return module.linear(call)
 
 
@@ -147,7 +164,7 @@ def _backward_call(args: tuple[Any, ...]) -> tuple[Tensor, LinearArguments, Want
 def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad, call, wanted = _backward_call(args)
     module = _select(call, args[-1])
-    with torch.autocast(call.device.type, enabled=False):
+    with _without_autocast(call):
         return module.linear_backward(call, grad, wanted)
 
 
