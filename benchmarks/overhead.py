@@ -165,7 +165,7 @@ def measure(config: TrainConfig, pairs: int, saves: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = CommandParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = CommandParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path("M4-tiny.yaml"), help="the recipe (default M4-tiny.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--pairs", type=whole(1), default=40, help="steps of each kind (default 40)")

@@ -44,7 +44,7 @@ def train(arguments: list[str], ranks: int, threads: int) -> None:
 
 
 def main() -> int:
-    parser = CommandParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = CommandParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path("M4-tiny.yaml"), help="the recipe (default M4-tiny.yaml)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both; batch_size is of one process")
     parser.add_argument("--ranks", type=whole(2), default=2, help="default 2")
