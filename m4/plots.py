@@ -119,7 +119,8 @@ def _schedule(config: TrainConfig, _: int) -> Figure:
 
 def _due(schedule: Schedule, every: float) -> list[float]:
     """Counted tokens after which something is due, as many as a picture can show; the end of the run is among them."""
-    found, step = [], 0
+    found: list[float] = []
+    step = 0
     while step < schedule.steps and len(found) < _POINTS:
         step = schedule.next_due(every, step)
         found.append(schedule.tokens(step * schedule.samples_per_step))

@@ -67,7 +67,7 @@ def attention_patterns(names: Sequence[str], panels: Mapping[str, tuple[np.ndarr
         ):
             ends = np.cumsum(counts)
             present = np.flatnonzero(counts)
-            set_ticks((ends - np.asarray(counts) / 2 - 0.5)[present], [names[m] for m in present], fontsize=8)
+            set_ticks((ends - np.asarray(counts) / 2 - 0.5)[present], [names[m] for m in present.tolist()], fontsize=8)
             for end in ends[:-1]:
                 line(end - 0.5, color="white", lw=1.2)
         axes.tick_params(axis="x", rotation=60)
