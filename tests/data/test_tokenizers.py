@@ -14,7 +14,7 @@ from m4.data.framing import frame_for
 from m4.data.preparation.options import PrepareOptions
 from m4.data.preparation.prepare import prepare
 from m4.data.preparation.tokenize_video import shared_tokenizer
-from m4.data.tokenizers import make_tokenizer, mirrored_codes
+from m4.data.tokenizers import make_tokenizer, mirrored_codes, tokenizer_of
 from m4.data.tokenizers.base import BASIS, LEVELS, VOCAB_SIZE
 from m4.data.tokenizers.cosmos import CosmosTokenizer
 from m4.data.tokenizers.fsq import FSQTokenizer
@@ -310,3 +310,13 @@ def test_cosmos_with_broken_files(cosmos_dir):
     save(Half(), cosmos_dir / "encoder.jit")
     with pytest.raises(DataError, match=r"expected a module that takes torch\.float32 .* Try --cosmos-dtype bf16"):
         CosmosTokenizer(cosmos_dir, "cpu", "fp32").encode(np.zeros((1, 256, 256, 3), np.uint8))
+
+
+def test_the_tokenizer_of_data_is_of_its_version():
+    ours = make_tokenizer("fsq").id
+    for meta in ({}, {"tokenizer": {"id": ours}}, {"tokenizer": {}}):
+        assert tokenizer_of(meta).id == ours
+    other = {"options": {"tokenizer": "fsq"}, "tokenizer": {"id": "fsq-block16-v0"}}
+    with pytest.raises(DataError, match=f"expected images of the tokenizer {ours}.*found those of fsq-block16-v0"):
+        tokenizer_of(other)
+    assert tokenizer_of(other, "fsq").id == ours  # asked for by name
