@@ -78,14 +78,17 @@ def step(kernels: str) -> Callable[[MaskedBatch], Run]:
 
 
 def work(batch: MaskedBatch) -> Work:
-    """Matrix products of the packed tokens; attention's own share is below 3 %."""
+    """Matrix products of the packed tokens, attention's own share being below 3 %; AdamW, which reads 4 numbers a
+    parameter and writes 3."""
     visible, targets = batch.encoder.ids.shape[0], batch.decoder.ids.shape[0]
     dim, hidden, depth = 640, 2560, 8
     encoder = depth * (4 * dim * dim + 2 * dim * hidden)
     decoder = depth * (6 * dim * dim + 2 * dim * hidden) + VOCABULARY[0] * dim
     context = depth * 2 * dim * dim + dim * dim
     amount = 6.0 * (visible * (encoder + context) + targets * decoder)
-    return Work(amount, "FLOP", "FLOP = 6 x (packed tokens x weights that multiply them)")
+    parameters = sum(p.numel() for p in trainer().model.parameters())
+    formula = "FLOP = 6 x (packed tokens x weights that multiply them); floor: these, and 28 bytes a parameter"
+    return Work(amount, "FLOP", formula, 28.0 * parameters)
 
 
 CPU_SUITE = Suite(
@@ -93,7 +96,7 @@ CPU_SUITE = Suite(
     {
         "M4, 2 samples": Case(lambda: masked_batch(2), work, full=True),
         "M4, 4 samples": Case(lambda: masked_batch(4), work),
-        "M4, 16 samples": Case(lambda: masked_batch(16), work, full=True),
+        "M4, 16 samples": Case(lambda: masked_batch(16), work),
     },
     {"auto": step("auto"), "reference": step("reference"), "reference-matmul": step("reference-matmul")},
     guards=(("auto", "reference"), ("auto", "reference-matmul")),

@@ -13,7 +13,8 @@ import numpy
 import torch
 
 import m4kernels
-from benchmarks.measure import Work, copy_bandwidth, product_rate
+from benchmarks import guard
+from benchmarks.measure import Work, copy_bandwidth, product_rate, product_rates
 from m4kernels import _ext
 
 RESULTS = Path(__file__).with_name("results")
@@ -54,7 +55,12 @@ class Session:
                 f"{f'{r.op}, {r.case}':<56} {r.provider:<24} {readable(r.seconds):>10} {r.rate:>16} "
                 f"{r.share_of_floor:>8.0%} {r.peak_extra_bytes / 2**20:>10.1f}"
             )
-        lines += [f"{name:<82} {value:6.2f}x" for name, value in self.speedups.items()]
+        if self.records:
+            rates = "; ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in product_rates().items())
+            lines.append(f"the floor's rates here: copying {copy_bandwidth() / 1e9:.1f} GB/s; products: {rates}")
+        floors = guard.load()
+        for name, value in self.speedups.items():
+            lines.append(f"{name:<82} {value:6.2f}x" + (f"   floor {floors[name]}x" if name in floors else ""))
         for formula in dict.fromkeys(f"{r.op}: {r.work}" for r in self.records):
             lines.append(formula)
         return lines
@@ -102,6 +108,7 @@ def environment() -> dict[str, Any]:
         **machine(),
         "copy_gigabytes_per_second": copy_bandwidth() / 1e9,
         "product_gigaflops": product_rate() / 1e9,
+        "product_gigaflops_by_library": {name: rate / 1e9 for name, rate in product_rates().items()},
     }
 
 
