@@ -7,7 +7,8 @@ others are killed as torchrun would, or one time in five left to end by themselv
 comes to its end, its weights, averaged weights, moments and losses are compared with those of a run that nobody
 disturbed, and a new one begins. Exit status 1 and a line for what differs, or for a checkpoint that was not whole.
 
-A process is a fork of this one, which has imported everything and started no thread, so a kill takes about a second.
+A process is a fork of this one, which has imported everything and started no thread: a kill costs no start of Python
+and torch.
 """
 
 from __future__ import annotations
