@@ -15,6 +15,7 @@ from m4.generation.options import STEPS, Decoding
 from m4.generation.schedules import tokens_kept
 from m4.modalities import NEXT, REFERENCE, RowLayout
 from m4.model import M4, ModelConfig
+from m4.model.config import AttentionConfig
 from m4kernels import MaskedBatch
 
 
@@ -31,9 +32,16 @@ class Inputs:
 def inputs(samples: int, dim: int, depth: int, encoder: str = "full") -> Inputs:
     """Data of the embedded tokenizer and joints in 8,192 bins."""
     names = (*REFERENCE, *NEXT)
-    vocab_sizes, lengths = [64000, 8192] * 2, [256, 39] * 2
-    config = ModelConfig(names, vocab_sizes, lengths, dim=dim, head_dim=32, enc_depth=depth, dec_depth=depth)
-    config.attention.encoder = encoder
+    config = ModelConfig(
+        names,
+        [64000, 8192] * 2,
+        [256, 39] * 2,
+        dim=dim,
+        head_dim=32,
+        enc_depth=depth,
+        dec_depth=depth,
+        attention=AttentionConfig(encoder=encoder),
+    )
     torch.manual_seed(0)
     model = M4(config).eval()
     with torch.no_grad():
@@ -47,14 +55,13 @@ def inputs(samples: int, dim: int, depth: int, encoder: str = "full") -> Inputs:
 def ours(temperature: float) -> Callable[[Inputs], Run]:
     def prepare(given: Inputs) -> Run:
         decoding = Decoding(temperature=temperature)
-        limits, ordinal = given.limits, given.ordinal
         return lambda: generate(
             given.model,
             given.tokens,
             given=REFERENCE,
             wanted=NEXT,
-            id_limits=limits,
-            ordinal=ordinal,
+            id_limits=given.limits,
+            ordinal=given.ordinal,
             decoding=decoding,
         )
 

@@ -1,6 +1,7 @@
 """linear_cross_entropy, forward and backward: three matrix products and one pass over the logits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,7 @@ def peer(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tokens],
 
 
 BACKENDS = backends("linear_cross_entropy")
+FREE = "auto"  # where nobody names a backend, small losses are PyTorch's operators
 BASELINES: tuple[str, ...] = ("reference", "whole logits packed", "whole logits padded")
 if ON_GPU:
     BASELINES += ("whole logits compiled",)
@@ -99,41 +101,44 @@ GPU_PEERS = {
     "Liger": installed.liger,
     "CCE": installed.cce,
 }
+TINY = "tiny (32 x 16 x 100)"
 WITHOUT_LIMITS = ("F.linear_cross_entropy", *GPU_PEERS)
+
+CASES = {
+    "M4, 384 tokens": Case(lambda: tokens(384, 640, 65536), work, gpu=True),
+    "small (256 x 128 x 1,000)": Case(lambda: tokens(256, 128, 1000), work, without=("whole logits padded",)),
+    "sparse (limits, ignored)": Case(
+        lambda: tokens(384, 640, 65536, ignored=0.4, limits=(65536, 8192)),
+        work,
+        without=("whole logits padded", *WITHOUT_LIMITS),
+    ),
+    "limits (9,120, 65,536 and 8,192 classes)": Case(
+        lambda: tokens(9120, 640, 65536, limits=(65536, 8192)),
+        work,
+        without=("whole logits padded", *WITHOUT_LIMITS),
+        gpu=True,
+        cpu=False,
+    ),
+    "M4 batch 96 (9,120 tokens)": Case(
+        lambda: tokens(9120, 640, 65536), work, without=("whole logits padded",), full=True, gpu=True
+    ),
+    TINY: Case(lambda: tokens(32, 16, 100), work, without=("whole logits padded",)),
+    "32 tokens": Case(lambda: tokens(32, 640, 65536), work, full=True),
+    "few classes (9,120 x 640 x 64)": Case(
+        lambda: tokens(9120, 640, 64), work, without=("whole logits padded",), full=True
+    ),
+}
 
 SUITE = Suite(
     "linear_cross_entropy",
-    {
-        "M4, 384 tokens": Case(lambda: tokens(384, 640, 65536), work, gpu=True),
-        "small (256 x 128 x 1,000)": Case(lambda: tokens(256, 128, 1000), work, without=("whole logits padded",)),
-        "sparse (limits, ignored)": Case(
-            lambda: tokens(384, 640, 65536, ignored=0.4, limits=(65536, 8192)),
-            work,
-            without=("whole logits padded", *WITHOUT_LIMITS),
-        ),
-        "limits (9,120, 65,536 and 8,192 classes)": Case(
-            lambda: tokens(9120, 640, 65536, limits=(65536, 8192)),
-            work,
-            without=("whole logits padded", *WITHOUT_LIMITS),
-            gpu=True,
-            cpu=False,
-        ),
-        "M4 batch 96 (9,120 tokens)": Case(
-            lambda: tokens(9120, 640, 65536), work, without=("whole logits padded",), full=True, gpu=True
-        ),
-        "tiny (32 x 16 x 100)": Case(lambda: tokens(32, 16, 100), work, without=("whole logits padded",), full=True),
-        "32 tokens": Case(lambda: tokens(32, 640, 65536), work, full=True),
-        "few classes (9,120 x 640 x 64)": Case(
-            lambda: tokens(9120, 640, 64), work, without=("whole logits padded",), full=True
-        ),
-    },
-    {name: ours(name) for name in BACKENDS}
+    {name: case if name == TINY else replace(case, without=(FREE, *case.without)) for name, case in CASES.items()},
+    {name: ours(name) for name in (FREE, *BACKENDS)}
     | {
         "whole logits packed": lambda i: trained(i, lambda: whole_logits.packed(*i)),
         "whole logits padded": padded,
         "F.linear_cross_entropy": peer(installed.torch_linear_cross_entropy),
     }
     | ({name: peer(loss) for name, loss in GPU_PEERS.items()} if ON_GPU else {}),
-    guards=tuple((name, baseline) for name in BACKENDS[:-1] for baseline in BASELINES),
+    guards=tuple((name, baseline) for name in (FREE, *BACKENDS[:-1]) for baseline in BASELINES),
     dtype=torch.bfloat16,
 )

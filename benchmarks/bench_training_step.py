@@ -79,10 +79,13 @@ def step(kernels: str) -> Callable[[MaskedBatch], Run]:
 
 
 def work(batch: MaskedBatch) -> Work:
-    """Matrix products of the packed tokens; attention's own share is below 3 %."""
-    targets = batch.decoder.segments.counts.sum(0).tolist()
-    amount = training_flop(TrainConfig().model_config(), len(batch.encoder.ids), targets)
-    return Work(amount, "FLOP", "FLOP = 6 x (packed tokens x weights that multiply them)")
+    """Matrix products of the packed tokens, attention's own share being below 3 %; AdamW, which reads 4 numbers a
+    parameter and writes 3."""
+    config, targets = TrainConfig().model_config(), batch.decoder.segments.counts.sum(0).tolist()
+    amount = training_flop(config, len(batch.encoder.ids), targets)
+    parameters = sum(p.numel() for p in trainer().model.parameters())
+    formula = "FLOP = 6 x (packed tokens x weights that multiply them); floor: these, and 28 bytes a parameter"
+    return Work(amount, "FLOP", formula, 28.0 * parameters)
 
 
 CPU_SUITE = Suite(
@@ -90,7 +93,7 @@ CPU_SUITE = Suite(
     {
         "M4, 2 samples": Case(lambda: masked_batch(2), work, full=True),
         "M4, 4 samples": Case(lambda: masked_batch(4), work),
-        "M4, 16 samples": Case(lambda: masked_batch(16), work, full=True),
+        "M4, 16 samples": Case(lambda: masked_batch(16), work),
     },
     {"auto": step("auto"), "reference": step("reference"), "reference-matmul": step("reference-matmul")},
     guards=(("auto", "reference"), ("auto", "reference-matmul")),

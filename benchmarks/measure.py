@@ -29,19 +29,23 @@ class Work:
         amount: bytes that must be read and written at least once, or floating-point operations.
         unit: "B" or "FLOP".
         formula: how the amount follows from the shapes.
+        bytes_besides: of work in FLOP, what it must also move, which no product hides: an optimiser's step.
     """
 
     amount: float
     unit: str
     formula: str
+    bytes_besides: float = 0.0
 
     def rate(self, seconds: float) -> str:
         return f"{self.amount / seconds / 1e9:.1f} {'GB/s' if self.unit == 'B' else 'GFLOP/s'}"
 
     def share_of_floor(self, seconds: float) -> float:
-        """The time that this machine needs at its best rate, over `seconds`."""
-        best = copy_bandwidth() if self.unit == "B" else product_rate()
-        return self.amount / best / seconds
+        """The time that this machine needs at its best rates, over `seconds`."""
+        floor = self.amount / (copy_bandwidth() if self.unit == "B" else product_rate())
+        if self.bytes_besides:
+            floor += self.bytes_besides / copy_bandwidth()
+        return floor / seconds
 
 
 def timed(run: Run) -> float:

@@ -13,6 +13,7 @@ import numpy
 import torch
 
 import m4kernels
+from benchmarks import guard
 from benchmarks.measure import Work, copy_bandwidth, product_rate, product_rates
 from m4kernels import _ext
 
@@ -54,12 +55,14 @@ class Session:
                 f"{f'{r.op}, {r.case}':<56} {r.provider:<24} {readable(r.seconds):>10} {r.rate:>16} "
                 f"{r.share_of_floor:>8.0%} {r.peak_extra_bytes / 2**20:>10.1f}"
             )
-        lines += [f"{name:<82} {value:6.2f}x" for name, value in self.speedups.items()]
+        if self.records:
+            rates = "; ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in product_rates().items())
+            lines.append(f"the floor's rates here: copying {copy_bandwidth() / 1e9:.1f} GB/s; products: {rates}")
+        floors = guard.load()
+        for name, value in self.speedups.items():
+            lines.append(f"{name:<82} {value:6.2f}x" + (f"   floor {floors[name]}x" if name in floors else ""))
         for formula in dict.fromkeys(f"{r.op}: {r.work}" for r in self.records):
             lines.append(formula)
-        if any(r.rate.endswith("GFLOP/s") for r in self.records):
-            rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in product_rates().items())
-            lines.append(f"GFLOP/s of this machine's matrix products, the floor's among them: {rates}")
         return lines
 
     def save(self, root: Path = RESULTS) -> Path:

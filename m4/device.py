@@ -24,6 +24,10 @@ _ALLOCATION = re.compile(
     r"DefaultCPUAllocator|[Ss]torage size calculation overflowed|out of memory|numel: integer mult"
 )
 
+# Of glibc's mallopt, by their numbers in malloc.h; bytes. Larger blocks than 32 MiB it never takes from its heap.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT, _LARGEST_IN_HEAP = 2**30, 2**25
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_DTYPES = DTYPES | {"fp16": torch.float16}  # of a run: fp16 where a GPU has no bfloat16
 DEVICE_NAME = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
@@ -36,6 +40,17 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next request, where it otherwise gives the top of its heap back to the
+    system at every step's end: the page faults of taking it anew were 3 % of a step of M4 (benchmarks/NOTES.md, "The
+    rest of a CPU step"). Of this process, from here on. `HeapTrimmer` gives back what is free for long.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, other C libraries need not
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, _KEPT)
+        mallopt(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
 
 
 class HeapTrimmer:

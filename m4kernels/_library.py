@@ -29,6 +29,19 @@ def in_transform() -> bool:
     return _c._are_functorch_transforms_active()
 
 
+def sees_calls() -> bool:
+    """Whether something is at work that must see an op's call, or that changes what PyTorch's functions return: a
+    tracer, a mode, a transform, forward-mode derivatives."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or _c._len_torch_dispatch_stack() > 0
+        or _c._len_torch_function_stack() > 0
+        or _c._are_functorch_transforms_active()
+        or _c._get_tracing_state() is not None
+    )
+
+
 def is_transformed(ctx: Any) -> bool:
     """Whether the forward pass of a derivative's context ran in such a transform; its backward pass may run later."""
     return getattr(ctx, "transformed", False)

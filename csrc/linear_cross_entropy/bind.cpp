@@ -8,6 +8,7 @@
 #include "common/pointer.h"
 #include "linear_cross_entropy/fused.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
+#include "linear_cross_entropy/whole.h"
 
 namespace m4k {
 namespace {
@@ -36,6 +37,17 @@ void weighted_loss(uintptr_t order, uintptr_t scale, uintptr_t nll, int64_t coun
         loss += double(as_ptr<const T>(scale)[i]) * double(as_ptr<const T>(nll)[as_ptr<const int64_t>(order)[i]]);
     }
     *as_ptr<T>(out) = static_cast<T>(loss);
+}
+
+template <typename T>
+void whole(uintptr_t logits, uintptr_t log_softmax, uintptr_t targets, uintptr_t nll, uintptr_t correct, int64_t tokens,
+           int64_t classes) {
+    whole_logits(WholeLogits<T>{as_ptr<const T>(logits), as_ptr<const T>(log_softmax), as_ptr<const int64_t>(targets),
+                                as_ptr<T>(nll), as_ptr<bool>(correct), tokens, classes});
+}
+
+bool classes_only(uintptr_t targets, int64_t tokens, int64_t classes) {
+    return are_classes(as_ptr<const int64_t>(targets), tokens, classes);
 }
 
 using ChunkTuple = std::tuple<int64_t, int64_t, int64_t>;  // first, rows, width
@@ -89,6 +101,11 @@ void fused(uintptr_t x, bool x_is_bf16, int64_t x_row, int64_t x_column, uintptr
 void bind_linear_cross_entropy(py::module_& m) {
     define<float>(m, "lce_order_f32", "lce_pass_f32", "lce_loss_f32");
     define<double>(m, "lce_order_f64", "lce_pass_f64", "lce_loss_f64");
+    def_by_name<&classes_only, "targets", "tokens", "classes">(m, "lce_are_classes");
+    def_by_name<&whole<float>, "logits", "log_softmax", "targets", "nll", "correct", "tokens", "classes">(
+        m, "lce_whole_f32");
+    def_by_name<&whole<double>, "logits", "log_softmax", "targets", "nll", "correct", "tokens", "classes">(
+        m, "lce_whole_f64");
     def_by_name<&plan, "limit", "count", "bytes", "per_logit", "per_row", "max_rows">(m, "lce_plan");
     def_by_name<&fused_plan, "count", "dim", "classes", "x_grad", "weight_grad", "weight_is_bf16", "weight_row",
                 "weight_column", "round", "bf16_products", "bytes", "threads">(m, "lce_fused_plan");

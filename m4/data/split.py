@@ -15,6 +15,7 @@ import numpy as np
 from m4.data.checks import check_seed
 from m4.data.layout import SPLITS, UNFINISHED, read_meta, token_file
 from m4.data.locking import LOCK, locked
+from m4.data.progress import shown
 from m4.errors import data_error
 from m4.files import write_atomically
 
@@ -105,7 +106,7 @@ def _carry_out(root: Path, moves: list[tuple[Path, Path]], modalities: list[str]
     marker = root / UNFINISHED
     if moves:
         write_atomically(marker, b"split\n")
-    for folder, destination in moves:
+    for folder, destination in shown(moves, "split", "folder"):
         destination.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(destination)
     for modality in modalities:

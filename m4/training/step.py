@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from m4.config import TrainConfig
-from m4.device import autocast
+from m4.device import autocast, keep_freed_memory
 from m4.errors import ConfigError
 from m4.model import M4, CountedLosses
 from m4.training.adamw import AdamW, clip_factor
@@ -132,6 +132,8 @@ class TrainStep:
         exchange: Exchange | None = None,
         micro_batches: int = 1,
     ) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         self._capacity, self._averaged = capacity, averaged
         self._exchange, self._micro_batches = exchange or Exchange(), micro_batches
         self._model, self._forward, self._optimizer = model, forward, optimizer

@@ -361,3 +361,13 @@ def test_cosmos_with_broken_files(cosmos_dir):
     save(Half(), cosmos_dir / "encoder.jit")
     with pytest.raises(DataError, match=r"expected a module that takes torch\.float32 .* Try --cosmos-dtype bf16"):
         CosmosTokenizer(cosmos_dir, "cpu", "fp32").encode(np.zeros((1, 256, 256, 3), np.uint8))
+
+
+def test_the_tokenizer_of_data_is_of_its_version():
+    ours = make_tokenizer("fsq").id
+    for meta in ({}, {"tokenizer": {"id": ours}}, {"tokenizer": {}}):
+        assert tokenizer_of(meta).id == ours
+    unsaid = {"tokenizer": {"id": "cosmos-0.1-di16x16"}}  # and its options do not name it
+    with pytest.raises(DataError, match=f"expected images of the tokenizer {ours}.*those of cosmos-0.1-di16x16"):
+        tokenizer_of(unsaid)
+    assert tokenizer_of(unsaid, "fsq").id == ours  # asked for by name

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m4.pictures.sheets import Moment, contact_sheet, prediction_panel
+from m4.pictures.sheets import Moment, contact_sheet, moment_sheet
 from m4.pictures.skeleton import draw_skeleton
 
 GRAY = np.full((256, 256, 3), 90, np.uint8)
@@ -40,7 +40,7 @@ def test_contact_sheet_and_panel():
     assert sheet.size[0] > 4 * 256
     assert 3 * 256 < sheet.size[1] < 4 * 256
     moment = Moment(GRAY, *pose())
-    panel = prediction_panel([(moment, moment, moment)] * 2)
+    panel = moment_sheet([(moment, moment, moment)] * 2)
     assert isinstance(panel, Image.Image)
     assert panel.size[0] > 3 * 256
     assert panel.size[1] > 2 * 256

@@ -42,12 +42,22 @@ def tokenizer_of(
 ) -> ImageTokenizer:
     """The image tokenizer that the data with this meta.json was prepared with; fsq where it does not say (``{}``).
 
-    name: another tokenizer instead. Raises DataError as `make_tokenizer` does.
+    name: another tokenizer instead. Raises DataError as `make_tokenizer` does, and where the one that is at hand is
+    another version, whose ids mean something else.
     """
     options = meta.get("options", {})
-    return make_tokenizer(
+    tokenizer = make_tokenizer(
         name or options.get("tokenizer", "fsq"), cosmos_dir, options.get("cosmos_dtype"), fsq_id=_fsq_id(meta)
     )
+    recorded = meta.get("tokenizer", {}).get("id")
+    if name is None and recorded not in (None, tokenizer.id):
+        raise data_error(
+            "meta.json",
+            expected=f"images of the tokenizer {tokenizer.id}, which is at hand",
+            actual=f"those of {recorded}",
+            remedy="Use the version of this package that prepared the data, or prepare the data and train again.",
+        )
+    return tokenizer
 
 
 def _fsq_id(meta: Mapping[str, Any]) -> str | None:

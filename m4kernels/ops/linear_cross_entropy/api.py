@@ -1,5 +1,6 @@
 """Public function linear_cross_entropy, and its registration with torch.library: schema, fake, autograd."""
 
+import os
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from m4kernels import _checks
 from m4kernels._library import Op, in_transform, is_batched, is_transformed
-from m4kernels.dispatch import Dispatcher, unavailable
+from m4kernels.dispatch import AUTO, ENVIRONMENT_VARIABLE, Dispatcher, unavailable
+from m4kernels.ops.linear_cross_entropy import small
 from m4kernels.ops.linear_cross_entropy.arguments import OP, LossArguments, LossBackend
 
 MAX_WORKSPACE = 2**60  # more is no bound, and numbers of bytes are added up in 64 bits
@@ -42,7 +44,9 @@ def linear_cross_entropy(
 
     Tokens are handled in chunks, and the gradients are computed in the forward pass while a chunk's logits exist, if x
     or weight requires one; the backward pass only multiplies them by the gradient of the loss. So they occupy memory
-    from the forward pass on, and second derivatives raise a NotImplementedError.
+    from the forward pass on, and second derivatives raise a NotImplementedError. Losses of at most 2^15 logits on a CPU
+    are PyTorch's own operators over whole logits, which are faster there (and have all derivatives), where no backend
+    is named and the call is plain: float32 or float64, every token valid, no vocab_limit, no autocast.
 
     Products are accumulated, and loss, nll and gradients are held, in float32 (float64 for float64 inputs); each
     gradient is rounded once, to the dtype of its input. The triton backend rounds the logits, and the gradients with
@@ -78,6 +82,28 @@ def linear_cross_entropy(
             the workspace does not hold one token; the message names the argument and the token. On a GPU the values
             are checked by a device assertion, which costs no synchronisation.
     """
+    if not torch.compiler.is_compiling() and _is_free(backend):
+        whole = small.linear_cross_entropy(
+            x, weight, targets, token_weight, vocab_limit, ignore_index, max_workspace_bytes
+        )
+        if whole is not None:
+            return LinearCrossEntropyOutput(*whole)
+    return _through_the_op(
+        x, weight, targets, token_weight, vocab_limit, ignore_index, max_workspace_bytes, backend or ""
+    )
+
+
+def _through_the_op(
+    x: Any,
+    weight: Any,
+    targets: Any,
+    token_weight: Any,
+    vocab_limit: Any,
+    ignore_index: Any,
+    max_workspace_bytes: Any,
+    backend: str,
+) -> LinearCrossEntropyOutput:
+    """The call with its arguments checked as far as the schema cannot say what is wrong."""
     gradients = torch.is_grad_enabled()
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         _checks.tensor(f"{OP}: x", x)
@@ -100,9 +126,14 @@ def linear_cross_entropy(
         _autocast_dtype(x),
         gradients and (x.requires_grad or transformed),
         gradients and (weight.requires_grad or transformed),
-        backend or "",
+        backend,
     )
     return LinearCrossEntropyOutput(loss, nll, correct)
+
+
+def _is_free(backend: str | None) -> bool:
+    """Whether nobody names a backend."""
+    return backend == AUTO or (not backend and os.environ.get(ENVIRONMENT_VARIABLE, AUTO) in ("", AUTO))
 
 
 def _as_int64(ignore_index: Any) -> int:
