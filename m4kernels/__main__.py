@@ -43,7 +43,10 @@ def _extension() -> str:
 
 def _products(dtype: torch.dtype) -> str:
     """What multiplies numbers of a dtype in the layers of a model on this CPU."""
-    why_not = why_not_own_products(dtype)
+    try:
+        why_not = why_not_own_products(dtype)
+    except ImportError:
+        return "PyTorch's: the extension is broken (see above)"
     if why_not is not None:
         return f"PyTorch's: {why_not}"
     if dtype == torch.bfloat16 and not dots_bf16():
