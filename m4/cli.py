@@ -15,8 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import NoReturn, TextIO
 
-from tqdm import tqdm
-
+from m4.bars import tqdm
 from m4.device import out_of_memory
 from m4.run.signals import Interrupted
 

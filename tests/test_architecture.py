@@ -24,6 +24,7 @@ ROOMS = [
         "m4.config_keys",
         "m4.checkpoint_files",
         "m4.config_yaml",
+        "m4.bars",
         "m4.files",
         "m4.modalities",
         "m4.device",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from tqdm import tqdm
+from m4.bars import tqdm
 
 T = TypeVar("T")
 

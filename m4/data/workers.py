@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+
+from m4.bars import tqdm
 
 Job = TypeVar("Job")
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

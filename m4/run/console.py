@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
+from m4.bars import tqdm
 from m4.config import TrainConfig, format_duration
 from m4.device import peak_memory
 from m4.distributed import speaks

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from m4.bars import tqdm
 from m4.data.checks import MAX_NAME, check_apart, check_whole
 from m4.data.layout import SPLITS
 from m4.data.locking import LOCK, locked

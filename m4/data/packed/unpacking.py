@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from m4.bars import tqdm
 from m4.data.checks import check_apart
 from m4.data.layout import UNFINISHED
 from m4.data.locking import LOCK, locked
