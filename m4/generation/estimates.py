@@ -12,6 +12,9 @@ from m4.data.tokenizers import code_values
 from m4.modalities import RowLayout
 
 _MOST_BYTES = 1 << 27  # of distances that are held at once
+# Predicted probabilities are taken to this power before the mean: of 64,000 codes the many unlikely ones hold more than
+# their share, which greys the picture. Chosen on training samples (docs/learning.md, "What frames show").
+SHARPNESS = 1.5
 
 
 class CodeValues(NamedTuple):
@@ -39,7 +42,7 @@ class CodeValues(NamedTuple):
         and what moves is missing from the picture; the mean error of pixels, of which PSNR tells, is least here.
 
         Args:
-            expected: float32 (T, C), the mean of the predicted distribution's points.
+            expected: float32 (T, C), the mean of the points under the predicted distribution, sharpened (SHARPNESS).
             codes: of the first so many.
         Returns:
             int64 (T,), below ``codes``.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m4.generation.estimates import CodeValues
+from m4.generation.estimates import SHARPNESS, CodeValues
 
 # Matrix products of fewer rows go by other code, whose last bits differ: BLAS has kernels for vectors.
 MIN_ROWS = 16
@@ -88,7 +88,7 @@ def choose(
             ids[rows], logits = stretches.quantile(at[rows])
             log_p[rows] = logits.double() - stretches.log_total
         shown[rows] = ids[rows]
-        if code_values is not None and pictured:
+        if code_values is not None and pictured and stretches.expected is not None:
             shown[rows] = code_values.closest(stretches.expected, limit)
     return Chosen(ids, log_p, shown)
 
@@ -120,12 +120,13 @@ class _Stretches:
     best_id: Tensor  # int64 (T, S)
     mass: Tensor  # float64 (T, S): log of the sum of exp(logit / temperature)
     log_total: Tensor  # float64 (T,): log of the sum of exp(logit) over all ids
-    expected: Tensor  # float32 (T, C): the mean of the ids' values, if there are any
+    expected: (
+        Tensor | None
+    )  # float32 (T, C): mean of the ids' values, if any, by probabilities to the power of SHARPNESS
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, temperature: float, values: Tensor | None = None) -> _Stretches:
         """values: float32 (V, C), of each id."""
-        values = weight.new_empty((len(weight), 0), dtype=torch.float32) if values is None else values
         shared = temperature == 1  # the two sums are one
         most, size = _BLOCKS["cuda" if x.is_cuda else "cpu"]
         starts = range(0, len(weight), size)
@@ -134,7 +135,10 @@ class _Stretches:
         best_id = torch.empty(shape, dtype=torch.int64, device=x.device)
         mass = torch.empty(shape, dtype=torch.float64, device=x.device)
         plain = mass if shared else torch.empty_like(mass)
-        points = torch.empty((*shape, values.shape[1]), device=x.device)  # sums of exp(logit - largest) · value
+        if values is not None:
+            values = torch.nn.functional.pad(values, (0, 1), value=1.0)
+        width = 0 if values is None else values.shape[1]
+        points = torch.empty((*shape, width), device=x.device)  # sums of exp(SHARPNESS (logit - largest)) · (value, 1)
         for rows in _row_blocks(len(x), most):
             for number, start in enumerate(starts):
                 logits = _product(x[rows], weight[start : start + size])
@@ -145,9 +149,12 @@ class _Stretches:
                     scaled = (logits / temperature).exp_().sum(-1)
                     mass[rows, number] = highest.double() / temperature + scaled.double().log_()
                 plain[rows, number] = highest.double() + logits.exp_().sum(-1).double().log_()
-                points[rows, number] = logits @ values[start : start + size]
+                if values is not None:
+                    points[rows, number] = logits.pow_(SHARPNESS) @ values[start : start + size]
         total = plain.logsumexp(-1)
-        expected = (points * (best - total[:, None]).exp()[..., None]).sum(1).float()
+        scale = (SHARPNESS * (best - best.amax(-1, keepdim=True))).exp()
+        sums = (points * scale[..., None]).sum(1)
+        expected = None if values is None else sums[:, :-1] / sums[:, -1:]
         return cls(x, weight, temperature, size, best, best_id, mass, total, expected)
 
     def likeliest(self) -> tuple[Tensor, Tensor]:

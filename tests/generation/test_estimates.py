@@ -123,8 +123,9 @@ def test_the_expected_point_of_many_ids(limit):
     values, where = torch.randn(5000, 4, generator=generator), torch.arange(9) % 3 > 0
     limits, ordinal = torch.full((9,), limit), torch.zeros(9, dtype=torch.bool)
     found = choose(y, weight, limits, ordinal, Rule(), code_values=CodeValues(where, values))
-    p = (y.double() @ weight[:limit].double().T).softmax(-1)
-    squared = torch.cdist(p @ values[:limit].double(), values[:limit].double()).square()
+    logits = y.double() @ weight[:limit].double().T
+    p, sharp = logits.softmax(-1), (estimates.SHARPNESS * logits).softmax(-1)
+    squared = torch.cdist(sharp @ values[:limit].double(), values[:limit].double()).square()
     taken = squared.gather(1, found.shown[:, None])[:, 0]
     assert bool((taken <= squared.min(1).values + 1e-5)[where].all())
     assert torch.equal(found.shown[~where], found.ids[~where])
