@@ -177,7 +177,7 @@ def stages_of(gpu: bool, out: Path, python: str = sys.executable) -> list[Stage]
 
 
 def main() -> int:
-    from benchmarks.results import RESULTS, git, machine_name
+    from benchmarks.results import RESULTS, commit, machine_name
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU, even where there is a GPU")
@@ -193,7 +193,7 @@ def main() -> int:
     facts = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name() if gpu else None,
-        "commit": git("rev-parse", "HEAD") or "unknown",
+        "commit": commit(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }

@@ -14,6 +14,7 @@ import torch
 from benchmarks import device, gpu, gpu_step, guard
 from benchmarks.gpu import Stage, run_session, stages_of
 from benchmarks.peers import installed, sdpa
+from benchmarks.results import Session, commit, machine
 from m4.config import ModelSection
 from m4kernels import Segments, cross_modal_attention
 from tests.training.step_setup import PlainRecorder
@@ -133,6 +134,26 @@ def test_step_of_the_benchmark(kernels: str, recorder: PlainRecorder | None) -> 
     for _ in range(3):
         run()
     assert gpu_step.work(inputs).amount > 0
+
+
+def test_a_machine_without_git_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("M4KERNELS_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    here = machine()
+    assert here["commit"] == "unknown"
+    assert here["uncommitted_changes"] is None  # not known
+    monkeypatch.setenv("M4KERNELS_COMMIT", "0123456789abcdef")  # as `make gpu` is told
+    assert commit() == "0123456789abcdef"
+    monkeypatch.setattr("benchmarks.results.environment", machine)  # what it measures besides takes seconds
+    path = Session().save(tmp_path)
+    assert path.name.endswith("-0123456.json")
+    assert json.loads(path.read_text())["environment"]["commit"] == "0123456789abcdef"
+    monkeypatch.setattr(gpu, "stages_of", lambda *_: [python("print('measured')")])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--out", str(tmp_path / "session")])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which --dry-run sets
+    assert gpu.main() == 0
+    (stages,) = (tmp_path / "session").glob("*/stages-*.json")
+    assert json.loads(stages.read_text())["commit"] == "0123456789abcdef"
 
 
 def test_inputs_move_as_a_whole() -> None:
