@@ -59,6 +59,46 @@ def test_all_passed_is_status_0(tmp_path: Path) -> None:
     assert session(tmp_path, python("pass"))[0] == 0
 
 
+def test_what_stands_in_for_a_failed_stage(tmp_path: Path) -> None:
+    instead = python("print('the rest')", name="instead")
+    failing, fine = python("raise SystemExit(2)", name="build"), python("pass", name="fine")
+    status, body = session(
+        tmp_path,
+        dataclasses.replace(failing, otherwise=instead),
+        dataclasses.replace(fine, otherwise=instead),
+        python("pass", name="last"),
+    )
+    assert status == 1  # though something stood in
+    assert [(s["name"], s["status"]) for s in body["stages"]] == [
+        ("build", "failed"),
+        ("instead", "passed"),
+        ("fine", "passed"),
+        ("last", "passed"),
+    ]
+
+
+def test_a_machine_without_nvcc_builds_the_kernels_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the build stage asks of setup.py, there: an error first, then everything but CUDA."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    setup = f"""
+import runpy
+from types import SimpleNamespace
+import setuptools
+setuptools.setup = lambda **_: None  # only its functions are wanted
+build = SimpleNamespace(**runpy.run_path({str(ROOT / "setup.py")!r}, run_name="setup"))
+build.cuda_plan.__globals__["find_nvcc"] = lambda: None
+assert build.cuda_plan(["a_cuda.cu"]) is None
+"""
+    stage = stages_of(True, tmp_path)[0]
+    assert stage.otherwise is not None
+    command = (sys.executable, "-c", setup)
+    otherwise = dataclasses.replace(stage.otherwise, command=command)
+    _, body = session(tmp_path, dataclasses.replace(stage, command=command, otherwise=otherwise))
+    assert [(s["name"], s["status"]) for s in body["stages"]] == [("build", "failed"), ("build without CUDA", "passed")]
+    assert "nvcc was not found" in body["stages"][0]["tail"][-1]
+    assert "CUDA: not built (M4KERNELS_CUDA=0)" in body["stages"][1]["tail"][-1]
+
+
 def test_a_stage_out_of_time_is_interrupted_first_and_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
