@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import device, gpu, gpu_step, guard
+from benchmarks import bench_linear_cross_entropy, device, gpu, gpu_step, guard
 from benchmarks.gpu import Stage, run_session, stages_of
 from benchmarks.peers import installed, sdpa
 from benchmarks.results import Session, commit, machine
 from m4.config import ModelSection
-from m4kernels import Segments, cross_modal_attention
+from m4.model import ModelConfig, m4
+from m4kernels import MaskedBatch, PackedTokens, Segments, cross_modal_attention, linear_cross_entropy
 from tests.training.step_setup import PlainRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,6 +175,34 @@ def test_step_of_the_benchmark(kernels: str, recorder: PlainRecorder | None) -> 
     for _ in range(3):
         run()
     assert gpu_step.work(inputs).amount > 0
+
+
+def test_the_benchmark_calls_the_loss_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **others: Any) -> Any:
+        calls.append((x.dtype, weight.dtype, torch.is_autocast_enabled("cpu"), sorted(others)))
+        return linear_cross_entropy(x, weight, targets, **others)
+
+    for module in (m4, bench_linear_cross_entropy):
+        monkeypatch.setattr(module, "linear_cross_entropy", watched)
+    inputs = bench_linear_cross_entropy.tokens(40, 16, 64, limits=(64, 32))
+    moved = device.moved(inputs, CPU, torch.bfloat16)
+    bench_linear_cross_entropy.as_trained(moved)()
+    assert moved.x.grad is None
+    config = ModelConfig(
+        modalities=("a", "b"), vocab_sizes=(64, 32), max_seq_lens=(8, 8), dim=16, enc_depth=1, dec_depth=1, head_dim=8
+    )
+    tokens = PackedTokens(
+        torch.tensor([1, 2, 3]),
+        torch.tensor([0, 1, 0]),
+        torch.tensor([0, 0, 1]),
+        Segments.from_counts(torch.tensor([[2, 1]])),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        m4.M4(config)(MaskedBatch(tokens, tokens))
+    assert calls[0] == calls[1]
+    assert calls[0][:3] == (torch.float32, torch.float32, True)
 
 
 def test_a_machine_without_git_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
