@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def ours(backend: str) -> Callable[[Tokens], Run]:
 def as_trained(inputs: Tokens) -> Run:
     """As the trainer calls it in bf16: x and weight are float32, which autocast rounds; the model's workspace."""
     x, weight = (tensor.detach().float().requires_grad_() for tensor in inputs[:2])
-    arguments = {
+    arguments: dict[str, Any] = {
         "token_weight": torch.full(x.shape[:1], 1 / len(x), device=x.device),
         "vocab_limit": inputs.vocab_limit,
         "max_workspace_bytes": loss_workspace(x.device),
