@@ -92,7 +92,8 @@ SANITIZED := build/sanitized
 sanitize: setup
 	M4KERNELS_SANITIZE=address,undefined M4KERNELS_CUDA=0 $(PY) setup.py --quiet build \
 		--build-lib $(SANITIZED) --build-temp build/sanitized-temp
-	if command -v "$${CXX:-c++}" >/dev/null; then set -- "$${CXX:-c++}"; else eval "set -- $$CXX"; fi; \
+	for name in c++ g++ clang++; do CXX="$${CXX:-$$(command -v $$name)}"; done; \
+	if command -v "$$CXX" >/dev/null; then set -- "$$CXX"; else eval "set -- $$CXX"; fi; \
 	LD_PRELOAD="$$("$$@" -print-file-name=libasan.so) $$("$$@" -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 		$(PY) -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))' \

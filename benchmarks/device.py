@@ -19,7 +19,7 @@ class Unavailable(Exception):
 def backends(op: str, device: torch.device = DEVICE) -> tuple[str, ...]:
     """The backends of an op that can run on a device, fastest first; the reference is the last."""
     dispatcher: Dispatcher = importlib.import_module(f"m4kernels.ops.{op}.api").dispatcher
-    return tuple(name for name in dispatcher.candidates(device.type) if unavailable(name, device.type) is None)
+    return tuple(name for name in dispatcher.candidates(device.type) if unavailable(name, device) is None)
 
 
 def moved(value: Any, device: torch.device = DEVICE, dtype: torch.dtype | None = None) -> Any:

@@ -38,12 +38,15 @@ class Stage:
         command: program and arguments, run in the repository's root.
         seconds: after which it is interrupted, and after `GRACE` more killed.
         environment: variables besides the session's.
+        otherwise: run in the time that is left where this one did not pass, so that those after it have something to
+            run on; this one has failed all the same.
     """
 
     name: str
     command: Sequence[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
+    otherwise: "Stage | None" = None
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,18 @@ def run_session(stages: Sequence[Stage], out: Path, facts: Mapping[str, object])
     """Run all stages, print the summary, write `<out>/stages-<time>.json`; 1 if any stage did not pass, else 0."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    outcomes = []
+    outcomes: list[Outcome] = []
     path = out / f"stages-{datetime.now(timezone.utc):%Y%m%d-%H%M%S-%f}.json"
-    for stage in stages:
+    ahead = deque(stages)
+    while ahead:
+        stage = ahead.popleft()
         try:
             outcomes.append(run_stage(stage, logs))
         except OSError as error:  # the program is not there
             outcomes.append(Outcome(stage.name, shlex.join(stage.command), "failed", 127, 0.0, [str(error)]))
+        left = stage.seconds - outcomes[-1].seconds
+        if stage.otherwise is not None and outcomes[-1].status == "failed" and left > 0:
+            ahead.appendleft(dataclasses.replace(stage.otherwise, seconds=min(stage.otherwise.seconds, left)))
         body = {**facts, "stages": [dataclasses.asdict(outcome) for outcome in outcomes]}
         path.write_text(json.dumps(body, indent=1) + "\n")  # after every stage: the machine may be taken away
     print("\n=== summary")
@@ -162,8 +170,10 @@ def stages_of(gpu: bool, out: Path, python: str = sys.executable) -> list[Stage]
         ]
     arch = "".join(map(str, torch.cuda.get_device_capability()))
     build = {"M4KERNELS_CUDA": "1", "M4KERNELS_CUDA_ARCHS": arch, **offline}
+    # Without nvcc, or with one that does not take the sources, Triton's kernels and those of the CPU still run.
+    without = Stage("build without CUDA", (*pip, "-e", "."), 110, {"M4KERNELS_CUDA": "0", **offline})
     return [
-        Stage("build", (*pip, "-e", "."), 110, build),
+        Stage("build", (*pip, "-e", "."), 110, build, otherwise=without),
         Stage("report", (python, "-m", "m4kernels"), 15),
         Stage("repeats and masks", (*pytest, "-q", "-m", "cuda", repeats), 50),
         Stage("training step", (*pytest, "-q", "-m", "cuda", step), 75),
@@ -177,7 +187,7 @@ def stages_of(gpu: bool, out: Path, python: str = sys.executable) -> list[Stage]
 
 
 def main() -> int:
-    from benchmarks.results import RESULTS, git, machine_name
+    from benchmarks.results import RESULTS, commit, machine_name
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU, even where there is a GPU")
@@ -193,7 +203,7 @@ def main() -> int:
     facts = {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name() if gpu else None,
-        "commit": git("rev-parse", "HEAD") or "unknown",
+        "commit": commit(),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
     }

@@ -1,6 +1,7 @@
 """What a benchmark session measured, where, and with what: printed, and saved as JSON when asked."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -18,6 +19,7 @@ from benchmarks.measure import Work, copy_bandwidth, product_rate, product_rates
 from m4kernels import _ext
 
 RESULTS = Path(__file__).with_name("results")
+COMMIT = "M4KERNELS_COMMIT"  # names the commit of a copy of the sources without git
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,10 @@ def environment() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Where this runs, on what source and versions."""
     extension = _ext.load()
+    changes = git("status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit(),
+        "uncommitted_changes": None if changes is None else bool(changes),  # None: not known
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "simd": None if extension is None else extension.simd_level(),
@@ -130,6 +133,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+def commit() -> str:
+    """Of the sources: what `COMMIT` names, else what git says, else "unknown"."""
+    return os.environ.get(COMMIT, "").strip() or git("rev-parse", "HEAD") or "unknown"
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of the sources; None where there is no git, or they are no repository of its."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

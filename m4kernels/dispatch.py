@@ -29,20 +29,24 @@ class Kind(NamedTuple):
         devices: the types of device, the usual one first; empty for all.
         chosen_on: those on which the automatic choice considers it. Triton's interpreter, which runs on the CPU, shows
             what a kernel computes a thousand times slower, so there it must be named.
-        lacking: what this machine lacks to run it on a type of device, or None.
+        lacking: what this machine lacks to run it on a device, or None.
     """
 
     devices: tuple[str, ...]
     chosen_on: tuple[str, ...]
-    lacking: Callable[[str], str | None]
+    lacking: Callable[[torch.device], str | None]
 
 
-def unavailable(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run on tensors of `device_type` on this machine; None when it can."""
-    kind = KINDS[backend]
-    if kind.devices and device_type not in kind.devices:
-        return f"it runs on {' and '.join(kind.devices).upper()} tensors, got {device_type} tensors"
-    return kind.lacking(device_type)
+def unavailable(backend: str, device: torch.device | str) -> str | None:
+    """Why `backend` cannot run on tensors of a device of this machine; None when it can.
+
+    Args:
+        device: "cuda" is the current GPU. GPUs of one machine may differ.
+    """
+    kind, device = KINDS[backend], torch.device(device)
+    if kind.devices and device.type not in kind.devices:
+        return f"it runs on {' and '.join(kind.devices).upper()} tensors, got {device.type} tensors"
+    return kind.lacking(device)
 
 
 def usual_device(backend: str) -> str:
@@ -51,29 +55,31 @@ def usual_device(backend: str) -> str:
     return next((device for device in devices if device == "cpu" or torch.cuda.is_available()), devices[0])
 
 
-def _lacks_nothing(_device_type: str) -> None:
+def _lacks_nothing(_device: torch.device) -> None:
     return None
 
 
-def _lacks_extension(_device_type: str) -> str | None:
+def _lacks_extension(_device: torch.device) -> str | None:
     return None if _ext.load() is not None else _ext.absent()
 
 
-def _lacks_triton(device_type: str) -> str | None:
+def _lacks_triton(device: torch.device) -> str | None:
     if not _has_triton():
         return "triton is not installed: `pip install triton`"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it runs on CUDA tensors, or on CPU tensors with TRITON_INTERPRET=1 set; got cpu tensors"
     return None
 
 
-def _lacks_cuda(_device_type: str) -> str | None:
+def _lacks_cuda(device: torch.device) -> str | None:
     extension = _ext.load()
     if extension is None:
         return _ext.absent()
     if not extension.has_cuda:
         return "the extension was built without CUDA: install nvcc, then `M4KERNELS_CUDA=1 pip install -e .`"
-    return _gpu_unfit()
+    if not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    return _gpu_unfit(torch.cuda.current_device() if device.index is None else device.index)
 
 
 # Fastest first.
@@ -87,12 +93,10 @@ BACKENDS = tuple(KINDS)
 
 
 @functools.cache
-def _gpu_unfit() -> str | None:
-    """Why the CUDA kernels of the extension cannot run on the current GPU; None when they can."""
-    if not torch.cuda.is_available():
-        return "there is no GPU that torch can use"
+def _gpu_unfit(index: int) -> str | None:
+    """Why the CUDA kernels of the extension cannot run on the GPU of a number; None when they can."""
     extension = _ext.require()
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     return gpu_mismatch(extension.cuda_version, extension.cuda_archs, extension.cuda_driver_version(), capability)
 
 
@@ -162,7 +166,7 @@ class Dispatcher(Generic[B]):
         """Why `backend` cannot run this call of the op; None when it can."""
         if backend not in self.backends:
             return f"{self.op} has no such backend"
-        return unavailable(backend, call.device.type) or self.module(backend).can_run(call)
+        return unavailable(backend, call.device) or self.module(backend).can_run(call)
 
     def named(self, backend: str) -> str:
         """``backend``, or with "" what `M4KERNELS_BACKEND` names for this op: an op that has no such backend at all

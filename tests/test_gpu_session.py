@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import device, gpu, gpu_step, guard
+from benchmarks import bench_linear_cross_entropy, device, gpu, gpu_step, guard
 from benchmarks.gpu import Stage, run_session, stages_of
 from benchmarks.peers import installed, sdpa
+from benchmarks.results import Session, commit, machine
 from m4.config import ModelSection
-from m4kernels import Segments, cross_modal_attention
+from m4.model import ModelConfig, m4
+from m4kernels import MaskedBatch, PackedTokens, Segments, cross_modal_attention, linear_cross_entropy
 from tests.training.step_setup import PlainRecorder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,46 @@ def test_a_failing_stage_stops_nothing_and_is_told(tmp_path: Path, capfd: pytest
 
 def test_all_passed_is_status_0(tmp_path: Path) -> None:
     assert session(tmp_path, python("pass"))[0] == 0
+
+
+def test_what_stands_in_for_a_failed_stage(tmp_path: Path) -> None:
+    instead = python("print('the rest')", name="instead")
+    failing, fine = python("raise SystemExit(2)", name="build"), python("pass", name="fine")
+    status, body = session(
+        tmp_path,
+        dataclasses.replace(failing, otherwise=instead),
+        dataclasses.replace(fine, otherwise=instead),
+        python("pass", name="last"),
+    )
+    assert status == 1  # though something stood in
+    assert [(s["name"], s["status"]) for s in body["stages"]] == [
+        ("build", "failed"),
+        ("instead", "passed"),
+        ("fine", "passed"),
+        ("last", "passed"),
+    ]
+
+
+def test_a_machine_without_nvcc_builds_the_kernels_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the build stage asks of setup.py, there: an error first, then everything but CUDA."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    setup = f"""
+import runpy
+from types import SimpleNamespace
+import setuptools
+setuptools.setup = lambda **_: None  # only its functions are wanted
+build = SimpleNamespace(**runpy.run_path({str(ROOT / "setup.py")!r}, run_name="setup"))
+build.cuda_plan.__globals__["find_nvcc"] = lambda: None
+assert build.cuda_plan(["a_cuda.cu"]) is None
+"""
+    stage = stages_of(True, tmp_path)[0]
+    assert stage.otherwise is not None
+    command = (sys.executable, "-c", setup)
+    otherwise = dataclasses.replace(stage.otherwise, command=command)
+    _, body = session(tmp_path, dataclasses.replace(stage, command=command, otherwise=otherwise))
+    assert [(s["name"], s["status"]) for s in body["stages"]] == [("build", "failed"), ("build without CUDA", "passed")]
+    assert "nvcc was not found" in body["stages"][0]["tail"][-1]
+    assert "CUDA: not built (M4KERNELS_CUDA=0)" in body["stages"][1]["tail"][-1]
 
 
 def test_a_stage_out_of_time_is_interrupted_first_and_killed_with_its_children(
@@ -133,6 +175,54 @@ def test_step_of_the_benchmark(kernels: str, recorder: PlainRecorder | None) -> 
     for _ in range(3):
         run()
     assert gpu_step.work(inputs).amount > 0
+
+
+def test_the_benchmark_calls_the_loss_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def watched(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **others: Any) -> Any:
+        calls.append((x.dtype, weight.dtype, torch.is_autocast_enabled("cpu"), sorted(others)))
+        return linear_cross_entropy(x, weight, targets, **others)
+
+    for module in (m4, bench_linear_cross_entropy):
+        monkeypatch.setattr(module, "linear_cross_entropy", watched)
+    inputs = bench_linear_cross_entropy.tokens(40, 16, 64, limits=(64, 32))
+    moved = device.moved(inputs, CPU, torch.bfloat16)
+    bench_linear_cross_entropy.as_trained(moved)()
+    assert moved.x.grad is None
+    config = ModelConfig(
+        modalities=("a", "b"), vocab_sizes=(64, 32), max_seq_lens=(8, 8), dim=16, enc_depth=1, dec_depth=1, head_dim=8
+    )
+    tokens = PackedTokens(
+        torch.tensor([1, 2, 3]),
+        torch.tensor([0, 1, 0]),
+        torch.tensor([0, 0, 1]),
+        Segments.from_counts(torch.tensor([[2, 1]])),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        m4.M4(config)(MaskedBatch(tokens, tokens))
+    assert calls[0] == calls[1]
+    assert calls[0][:3] == (torch.float32, torch.float32, True)
+
+
+def test_a_machine_without_git_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("M4KERNELS_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", "")
+    here = machine()
+    assert here["commit"] == "unknown"
+    assert here["uncommitted_changes"] is None  # not known
+    monkeypatch.setenv("M4KERNELS_COMMIT", "0123456789abcdef")  # as `make gpu` is told
+    assert commit() == "0123456789abcdef"
+    monkeypatch.setattr("benchmarks.results.environment", machine)  # what it measures besides takes seconds
+    path = Session().save(tmp_path)
+    assert path.name.endswith("-0123456.json")
+    assert json.loads(path.read_text())["environment"]["commit"] == "0123456789abcdef"
+    monkeypatch.setattr(gpu, "stages_of", lambda *_: [python("print('measured')")])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--out", str(tmp_path / "session")])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which --dry-run sets
+    assert gpu.main() == 0
+    (stages,) = (tmp_path / "session").glob("*/stages-*.json")
+    assert json.loads(stages.read_text())["commit"] == "0123456789abcdef"
 
 
 def test_inputs_move_as_a_whole() -> None:

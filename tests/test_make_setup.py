@@ -150,3 +150,17 @@ def test_environments_that_setuptools_cannot_take_are_refused_at_once(tmp_path: 
     assert not (root / ".venv").exists()
     assert setup(root, str(tmp_path / "elsewhere")).returncode == 0
     assert asked(tmp_path, "elsewhere") == INSTALLS
+
+
+@pytest.mark.parametrize(("compiler", "given"), [("c++", ""), ("g++", ""), ("clang++", ""), ("my c++", "my c++")])
+def test_sanitize_takes_any_compiler(tmp_path: Path, compiler: str, given: str) -> None:
+    program(tmp_path / "bin" / compiler, "#!/bin/sh\necho /libraries/$1\n")
+    program(tmp_path / "venv" / "bin" / "python", '#!/bin/sh\necho "asked with $LD_PRELOAD"\n')
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    environment = {"PATH": str(tmp_path / "bin"), "VENV": "venv", "PYTHON": sys.executable}
+    command = [shutil.which("make") or "make", "-o", "setup", "sanitize"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | ({"CXX": given} if given else {}), capture_output=True, text=True
+    )
+    libraries = " ".join(f"/libraries/-print-file-name={name}.so" for name in ("libasan", "libubsan"))
+    assert f"asked with {libraries}" in done.stdout, done.stderr

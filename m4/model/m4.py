@@ -6,18 +6,21 @@ by name (see `m4.checkpoint.load_nano4m`).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m4.device import total_memory
 from m4.modalities import IMAGE_LEVELS
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
 from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
 from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear, linear_cross_entropy
+
+LOSS_WORKSPACE = 2**28  # bytes: on a CPU, and at least
 
 
 class CountedLosses(NamedTuple):
@@ -54,6 +57,16 @@ def sum_by_modality(values: Tensor, modalities: Tensor, count: int) -> Tensor:
     return values.float().unsqueeze(1).masked_fill(~chosen, 0.0).sum(0)
 
 
+def loss_workspace(device: torch.device) -> int:
+    """Bytes that the loss may take besides its gradients: a sixteenth of a GPU's memory, elsewhere `LOSS_WORKSPACE`.
+
+    The logits of M4's micro-batch of 96 samples, 1.4 GB in bfloat16, are then one chunk on GPUs from 24 GB on, where
+    chunks would each add to the weight's gradient. A share of all memory, not of what is free: chunks decide the order
+    of sums, and the bits of a resumed run must not depend on who else uses the GPU.
+    """
+    return max(LOSS_WORKSPACE, total_memory(device) // 16) if device.type == "cuda" else LOSS_WORKSPACE
+
+
 class M4(nn.Module):
     """The model. `model(masked_batch)` gives the training loss, `model.logits(masked_batch)` the predictions."""
 
@@ -82,7 +95,15 @@ class M4(nn.Module):
             pattern = allow_matrix(getattr(config.attention, name), modalities, f"attention.{name}")
             self.register_buffer(f"allow_{name}", pattern, persistent=False)
         self.register_buffer("vocab_limits", torch.tensor(list(config.vocab_sizes)), persistent=False)
+        self.loss_workspace = loss_workspace(self.to_logits.weight.device)
         self.init_weights()
+
+    def _apply(self, *args: Any, **others: Any) -> "M4":
+        """What `to` and `cuda` call: the model may be on another device then. (torch.compile cannot ask for its memory
+        within `forward`.)"""
+        super()._apply(*args, **others)
+        self.loss_workspace = loss_workspace(self.to_logits.weight.device)
+        return self
 
     def init_weights(self) -> None:
         """Initial values by ``config.init``, drawn from the global generator."""
@@ -166,6 +187,7 @@ class M4(nn.Module):
             targets.ids,
             token_weight=weight[targets.modalities],
             vocab_limit=self.vocab_limit(targets),
+            max_workspace_bytes=self.loss_workspace,
         )
         nll, correct = (sum_by_modality(x, targets.modalities, len(counts)) for x in (result.nll, result.correct))
         return CountedLosses(result.loss, nll / denominators, counts, correct)

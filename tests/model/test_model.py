@@ -1,12 +1,15 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from m4.model import M4, AttentionConfig, ModelConfig
-from m4kernels import MaskedBatch
+from m4.model import M4, AttentionConfig, ModelConfig, m4
+from m4kernels import MaskedBatch, linear_cross_entropy
 from m4kernels.cases import random_masked_batch
+from m4kernels.ops.linear_cross_entropy.arguments import LossArguments
 from tests.model.padded_nano4m import per_modality_losses
+from tests.ops.targets import HAS_TRITON
 
 VOCAB = (61, 40, 61, 40)
 EYE = [[int(i == j) for j in range(4)] for i in range(4)]
@@ -157,6 +160,39 @@ def test_compiles_without_graph_break() -> None:
     for p, want in zip(model.parameters(), gradients, strict=True):
         # Sums of some 30 tokens in another order, each of up to 64 products: rounding in proportion to the largest.
         torch.testing.assert_close(p.grad, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_the_loss_takes_a_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from m4kernels.ops.linear_cross_entropy.triton import plan
+
+    # What a GPU is handed in a step of M4: a micro-batch of 96 samples, at its fixed length.
+    x, weight = (torch.empty(rows, 640, device="meta") for rows in (9856, 65536))
+    targets = torch.empty(9856, dtype=torch.int64, device="meta")
+    for gigabytes, rows in ((141, 9856), (80, 9856), (24, 9856), (4, 1232)):
+        monkeypatch.setattr(m4, "total_memory", lambda _, size=gigabytes: size * 10**9)
+        room = m4.loss_workspace(torch.device("cuda", 0))
+        call = LossArguments(x, weight, targets, None, None, -100, room, torch.bfloat16, True, True)
+        assert plan(call).rows == rows
+    assert m4.loss_workspace(torch.device("cpu")) == 2**28
+
+
+def test_the_workspace_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def watched(*args: Any, **others: Any) -> Any:
+        given.append(others["max_workspace_bytes"])
+        return linear_cross_entropy(*args, **others)
+
+    monkeypatch.setattr(m4, "linear_cross_entropy", watched)
+    model = model_with_head(tiny())
+    expected = model(batch()).total
+    monkeypatch.setattr(m4, "loss_workspace", lambda device: {"cpu": 2**20, "meta": 2**21}[device.type])
+    torch.testing.assert_close(model.to("cpu")(batch()).total, expected)
+    assert given == [2**28, 2**20]
+    assert model.to("meta").loss_workspace == 2**21
+    with torch.device("meta"):
+        assert M4(tiny()).loss_workspace == 2**21
 
 
 @pytest.mark.parametrize(

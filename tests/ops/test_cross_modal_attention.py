@@ -3,14 +3,16 @@ Triton; grids too large for it take `cpu_kernel`, and test_cross_modal_attention
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m4kernels import Segments, _ext, cross_modal_attention
 from m4kernels.cases import M4_INPUT_MEANS, M4_TARGET_MEANS, m4_counts, random_counts
-from tests.ops.attention_cases import ALLOW, EYE, Kernel, case, check, run
+from tests.ops.attention_cases import ALLOW, EYE, Kernel, case, check, dense, run
 from tests.ops.targets import targets
 
 backends = pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -239,6 +241,68 @@ def test_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(cross_modal_attention(q, k, v, q_seg, k_seg).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         grad.sum().backward()
+
+
+class Launches(TorchDispatchMode):
+    """The names of the operators that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_the_backward_pass_fills_no_gradient_of_lse(registered: bool) -> None:
+    (q, k, v, grad), q_seg, k_seg = case(torch.tensor([[3, 0, 2, 1]]))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if registered:
+        parts = (q_seg.cu_seqlens, q_seg.counts, q_seg.max_seqlen, k_seg.cu_seqlens, k_seg.counts, k_seg.max_seqlen)
+        out, _lse = torch.ops.m4kernels.cross_modal_attention(*leaves, *parts, None, None, "cpp")
+    else:
+        out = cross_modal_attention(*leaves, q_seg, k_seg, backend="cpp")
+    with Launches() as launches:
+        grads = torch.autograd.grad(out, leaves, grad)
+    assert [name for name in launches.names if "detach" not in name] == [
+        "m4kernels.cross_modal_attention_backward.default"
+    ]
+    expected = torch.autograd.grad(dense(q, k, v, q_seg, k_seg, None, None), leaves, grad)
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class NoGradient(torch.autograd.Function):
+    """1 for any input, of which it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_ones(())
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_outputs_without_a_gradient(registered: bool) -> None:
+    (q, k, v, _), q_seg, k_seg = case(torch.tensor([[3, 0, 2, 1]]))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    parts = (q_seg.cu_seqlens, q_seg.counts, q_seg.max_seqlen, k_seg.cu_seqlens, k_seg.counts, k_seg.max_seqlen)
+    if registered:
+        out, lse = torch.ops.m4kernels.cross_modal_attention(*leaves, *parts, None, None, "cpp")
+        with pytest.raises(RuntimeError, match="does not require grad"):  # only lse: it is not differentiable
+            lse.sum().backward()
+    else:
+        out = cross_modal_attention(*leaves, q_seg, k_seg, backend="cpp")
+    with Launches() as launches:
+        grads = torch.autograd.grad(NoGradient.apply(out), leaves, allow_unused=True)
+    assert grads == (None, None, None)
+    assert not any("cross_modal_attention" in name for name in launches.names)  # nothing is computed of nothing
+    (grad,) = torch.autograd.grad(NoGradient.apply(out * 2) + q.square().sum(), q)
+    assert torch.equal(grad, 2 * q)
 
 
 Q = torch.zeros(10, 4, 8)

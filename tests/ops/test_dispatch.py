@@ -1,16 +1,18 @@
+import functools
 import importlib
 import logging
 import pkgutil
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import m4kernels
 import m4kernels.ops
-from m4kernels import Segments, _ext, quantize_coords
+from m4kernels import Segments, _ext, dispatch, quantize_coords
 from m4kernels.backend import check_backend, runs_always
 from m4kernels.dispatch import BACKENDS, KINDS, Dispatcher, unavailable, usual_device
 from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments, AttentionBackend
@@ -138,6 +140,33 @@ def test_the_table_of_kinds() -> None:
     assert [usual_device(name) for name in ("cpp", "reference")] == ["cpu", "cpu"]
     assert usual_device("cuda") == "cuda"
     assert usual_device("triton") == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_each_gpu_is_asked_for_itself(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Two kinds of GPU in one machine, the second too old for the kernels; as the driver and the extension tell it."""
+    capabilities = [(9, 0), (7, 0)]
+    built = SimpleNamespace(has_cuda=True, cuda_version="13.0", cuda_archs="80;90", cuda_driver_version=lambda: 13000)
+    monkeypatch.setattr(_ext, "load", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+    monkeypatch.setattr(dispatch, "_gpu_unfit", functools.cache(dispatch._gpu_unfit.__wrapped__))
+    current = 0
+    assert unavailable("cuda", "cuda") is None
+    current = 1
+    assert "the GPU is an sm_70" in (unavailable("cuda", "cuda") or "")
+    assert unavailable("cuda", "cuda:0") is None
+    assert "the GPU is an sm_70" in (unavailable("cuda", torch.device("cuda", 1)) or "")
+
+    dispatcher = Dispatcher("quantize_coords", ("cuda", "reference"), QuantizeBackend)
+    for _ in range(2):  # also what was settled, which is of a GPU of its own
+        for index, chosen in enumerate((".cuda", ".reference")):
+            call: Any = SimpleNamespace(device=torch.device("cuda", index))
+            assert dispatcher.select("", call).__name__.endswith(chosen)
+            assert dispatcher.select("reference", call).__name__.endswith(".reference")
+    assert caplog.text.count("skipping the faster backend 'cuda'") == 1
+    with pytest.raises(ValueError, match="'cuda' cannot run: the extension was built for sm_80, sm_90, but the GPU is"):
+        dispatcher.select("cuda", call)
 
 
 def toy(**functions: object) -> ModuleType:

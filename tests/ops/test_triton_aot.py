@@ -48,6 +48,10 @@ cases = {
     "shared": replace(case, max_shared_bytes=0),
     "spills": replace(case, constexprs={"BLOCK": 16384}, num_warps=1),
     "signature": replace(case, signature={"x": "*fp32"}),
+    "wide": replace(case, constexprs={"BLOCK": 512}, wide_bytes=16),
+    "narrow": replace(
+        case, constexprs={"BLOCK": 512}, wide_bytes=16, signature={"x": "*fp32", "out": "*fp32:16", "stride": "i32:16"}
+    ),
 }
 sys.exit(report({name: [cases[name]] for name in sys.argv[1:]}))
 """
@@ -71,16 +75,17 @@ def test_every_launch_compiles_within_its_gates(op: str) -> None:
 def test_a_breached_gate_fails(tmp_path: Path) -> None:
     file = tmp_path / "example.py"
     file.write_text(EXAMPLE)
-    done = run(str(file), "within")
+    done = run(str(file), "within", "wide")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 compiled, 0 in breach" in done.stdout
-    done = run(str(file), "within", "registers", "shared", "spills", "signature")
+    assert "6 compiled, 0 in breach" in done.stdout
+    done = run(str(file), "within", "registers", "shared", "spills", "signature", "narrow")
     assert done.returncode == 1
     for name, verdict in (
         ("within", r"ok"),
         ("registers", r"\d+ registers, at most 5 allowed"),
         ("shared", r"\d+ bytes of shared memory, at most 0 allowed"),
         ("spills", r"\d+ bytes of stack \(spills\), at most 0 allowed"),
+        ("narrow", r"4 of 5 accesses of global memory are below 16 bytes, at most 0 allowed"),
         ("signature", "does not compile: ValueError: signature and constexprs name"),
     ):
         assert len(re.findall(rf"^{name} .*{verdict}", done.stdout, re.M)) == 3, done.stdout

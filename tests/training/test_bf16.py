@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from m4.training import step
+from m4.training.step import Execution
 from m4.training.trainer import Trainer
 from m4kernels.ops.linear import api, copies
 from tests.training.step_setup import CPU, ON_A_CPU, Steps
@@ -53,3 +54,16 @@ def test_it_is_said_once_where_bf16_is_slow(config, why, dtype, monkeypatch, cap
     said = [record.message for record in caplog.records if "bf16" in record.message]
     expected = "dtype: bf16 is slower than fp32 on this processor: it has none; use dtype=fp32"
     assert said == ([expected] if why and dtype == "bf16" else [])
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("fp32", "cuda"), ("bf16", "cuda"), ("fp32", "cpu")])
+def test_it_is_said_once_where_fp32_is_slow(config, dtype, device, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with caplog.at_level(logging.WARNING):
+        Execution.of(dataclasses.replace(config, dtype=dtype), torch.device(device))
+    said = [record.message for record in caplog.records if "fp32" in record.message]
+    expected = (
+        "dtype: fp32 leaves the tensor cores of cuda idle, which multiply bfloat16 about ten times as fast; "
+        "use dtype=bf16"
+    )
+    assert said == ([expected] if (dtype, device) == ("fp32", "cuda") else [])

@@ -101,10 +101,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     q, k, v, q_cu_seqlens, q_counts, ctx.q_max_seqlen, k_cu_seqlens, k_counts, ctx.k_max_seqlen, allow = inputs[:10]
     ctx.scale, ctx.backend = inputs[10:]
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of lse, which never has a gradient: zeros, filled at every call
     ctx.save_for_backward(*output, q, k, v, q_cu_seqlens, q_counts, k_cu_seqlens, k_counts, allow)
 
 
-def _autograd_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd_backward(ctx: Any, grad_out: Tensor | None, _grad_lse: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:  # what uses the result has no gradient for it
+        return (None,) * 12
     out, lse, q, k, v, q_cu_seqlens, q_counts, k_cu_seqlens, k_counts, allow = ctx.saved_tensors
     q_parts = (q_cu_seqlens, q_counts, ctx.q_max_seqlen)
     k_parts = (k_cu_seqlens, k_counts, ctx.k_max_seqlen)

@@ -15,6 +15,9 @@ from m4kernels.ops.linear_cross_entropy.triton import (
     vector_launch,
 )
 
+# Kernels that read and write rows of logits 16 bytes at a time, and how many numbers of a token they read and write.
+SCALARS = {kernels.whole_rows_kernel: 8, kernels.sweep_kernel: 15, kernels.gradient_kernel: 6}
+
 
 def aot_cases() -> list[AotCase]:
     """Every launch, for the compile gates of `m4kernels.aot`; arguments are aligned as torch's and M4's are."""
@@ -33,7 +36,9 @@ def aot_cases() -> list[AotCase]:
         signature = {argument: known[argument] for argument in kernel.arg_names if argument not in values}
         options = WHOLE_ROWS if kernel is kernels.whole_rows_kernel else {}
         warps = launch["num_warps"]
-        cases.append(AotCase(name, kernel, signature, values, warps, options=options, max_registers=MAX_REGISTERS))
+        gates: dict[str, Any] = {"max_registers": MAX_REGISTERS, "narrow_accesses": SCALARS.get(kernel, 0)}
+        wide = 16 if kernel in SCALARS else 0
+        cases.append(AotCase(name, kernel, signature, values, warps, options=options, wide_bytes=wide, **gates))
 
     for dtype, (block, _) in product(("fp32", "bf16", "fp16"), LAUNCHES):
         name, launch, types = f"{dtype} block {block}", launch_of(block), {"logits": f"*{dtype}:16"}

@@ -186,7 +186,7 @@ def _scaled(saved: Tensor, factor: Tensor, is_one: bool, backend: str) -> Tensor
     if is_one:
         return saved
     in_triton = saved.is_cuda and saved.dtype == torch.float32 and backend in ("", "triton")
-    if in_triton and unavailable("triton", "cuda") is None:
+    if in_triton and unavailable("triton", saved.device) is None:
         return cast(Any, dispatcher.module("triton")).scale_(saved, factor)
     return saved.mul_(factor)
 

@@ -1,8 +1,9 @@
 """Triton kernels of linear_cross_entropy: everything between the library's matrix products.
 
 A program has one row: the logits of one token, at `logits + i_row * pitch`. `target` is -1 and `limit` 0 for an ignored
-token; classes at or beyond `limit` are not read, and their gradient is written as 0, since the matrix products run over
-the whole width. Logits and their gradients are in the operands' dtype, all arithmetic is in float32.
+token. Classes at or beyond `limit` count for nothing, whatever lies there, and their gradient is written as 0, as the
+matrix products run over the whole width. A row's memory is `pitch` wide, and read and written to its end. Logits and
+their gradients are in the operands' dtype, all arithmetic is in float32.
 """
 
 import os
@@ -102,39 +103,57 @@ def gather_kernel(
 
 
 @triton.jit
-def _sweep(p_row, i_class, limit, width, top, total, best, BLOCK: tl.constexpr):
-    """(maximum, Σ exp(z - maximum), first class of the maximum) after the classes i_class … i_class + width too."""
+def _sweep(p_row, i_class, limit, width, pitch, top, total, best, BLOCK: tl.constexpr):
+    """(maximum, Σ exp(z - maximum), first class of the maximum) after the classes i_class … i_class + width too.
+
+    A running maximum and sum of every 16 bytes' place in a block, which a thread holds alone: nothing is exchanged
+    between threads before the end.
+    """
     end = tl.minimum(limit - i_class, width)
-    o_lane = tl.arange(0, BLOCK)
-    b_total = tl.where(o_lane == 0, total, 0.0)  # a lane each, so that only the maximum is reduced within the loop
+    WIDE: tl.constexpr = 128 // p_row.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // WIDE
+    b_top = tl.full([LANES], -float("inf"), tl.float32)
+    b_total = tl.zeros([LANES], tl.float32)
+    b_best = tl.zeros([LANES], tl.int32)
     for start in range(0, end, BLOCK):
-        o_column = start + o_lane
-        b_z = tl.load(p_row + o_column, mask=o_column < end, other=-float("inf")).to(tl.float32)
-        block_top = tl.max(b_z, 0)
-        if block_top > top:
-            best = i_class + tl.min(tl.where(b_z == block_top, o_column, width), 0)
-            b_total *= tl.exp(top - block_top)
-            top = block_top
-        b_total += tl.exp(b_z - tl.where(top == -float("inf"), 0, top))  # -inf - -inf is NaN
-    return top, tl.sum(b_total, 0), best
+        o_column = start + tl.arange(0, BLOCK)
+        # The row's end in memory bounds the load: a multiple of 16, as the compiler knows; the limit is any number.
+        b_z = tl.load(p_row + o_column, mask=o_column < pitch, other=-float("inf")).to(tl.float32)
+        b_z = tl.reshape(tl.where(o_column < end, b_z, -float("inf")), (LANES, WIDE))
+        b_column = tl.reshape(o_column, (LANES, WIDE))
+        b_new = tl.max(b_z, 1)
+        m_better = b_new > b_top
+        b_first = tl.min(tl.where(b_z == b_new[:, None], b_column, width), 1)
+        b_best = tl.where(m_better, b_first, b_best)
+        b_new = tl.where(m_better, b_new, b_top)
+        b_shift = tl.where(b_new == -float("inf"), 0, b_new)  # -inf - -inf is NaN
+        b_total = b_total * tl.exp(b_top - b_shift) + tl.sum(tl.exp(b_z - b_shift[:, None]), 1)
+        b_top = b_new
+    new = tl.max(b_top, 0)
+    if new > top:
+        best = i_class + tl.min(tl.where(b_top == new, b_best, width), 0)
+    new = tl.maximum(top, new)
+    shift = tl.where(new == -float("inf"), 0, new)
+    return new, total * tl.exp(top - shift) + tl.sum(b_total * tl.exp(b_top - shift), 0), best
 
 
 @triton.jit
-def _write_gradient(p_row, i_class, limit, target, width, top, total, factor, BLOCK: tl.constexpr):
-    """The row's logits become factor · (softmax - onehot)."""
+def _write_gradient(p_row, i_class, limit, target, width, pitch, top, total, factor, BLOCK: tl.constexpr):
+    """The row's logits become factor · (softmax - onehot), and 0 to the end of the row."""
     end = tl.maximum(tl.minimum(limit - i_class, width), 0)
     inverse = 1.0 / tl.where(target >= 0, total, 1)
     shift = tl.where(top == -float("inf"), 0, top)
     for start in range(0, end, BLOCK):
         o_column = start + tl.arange(0, BLOCK)
-        b_z = tl.load(p_row + o_column, mask=o_column < end, other=-float("inf")).to(tl.float32)
+        m_row = o_column < pitch  # as in _sweep
+        b_z = tl.load(p_row + o_column, mask=m_row, other=-float("inf")).to(tl.float32)
         b_gradient = tl.exp(b_z - shift) * inverse
         b_gradient = tl.where(o_column + i_class == target, b_gradient - 1.0, b_gradient) * factor
         b_gradient = tl.where(o_column < end, b_gradient, 0)  # 0 beyond the limit even where the row is NaN
-        tl.store(p_row + o_column, _rounded(b_gradient, p_row.dtype.element_ty), mask=o_column < width)
-    for start in range(tl.cdiv(end, BLOCK) * BLOCK, width, BLOCK):
+        tl.store(p_row + o_column, _rounded(b_gradient, p_row.dtype.element_ty), mask=m_row)
+    for start in range(tl.cdiv(end, BLOCK) * BLOCK, pitch, BLOCK):
         o_column = start + tl.arange(0, BLOCK)
-        tl.store(p_row + o_column, tl.zeros([BLOCK], p_row.dtype.element_ty), mask=o_column < width)
+        tl.store(p_row + o_column, tl.zeros([BLOCK], p_row.dtype.element_ty), mask=o_column < pitch)
 
 
 @triton.jit
@@ -170,12 +189,12 @@ def whole_rows_kernel(
     b_scale = tl.load(scale + i_token)
     target_logit = tl.load(p_row + i_target, mask=(i_target >= 0) & (i_target < width), other=0).to(tl.float32)
     top, total = tl.full((), -float("inf"), tl.float32), tl.full((), 0, tl.float32)
-    top, total, best = _sweep(p_row, 0, i_limit, width, top, total, tl.full((), -1, tl.int32), BLOCK)
+    top, total, best = _sweep(p_row, 0, i_limit, width, pitch, top, total, tl.full((), -1, tl.int32), BLOCK)
     _write_loss(i_token, i_target, b_scale, top, total, best, target_logit, nll, term, correct)
     if GRADIENT:
         tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
         factor = b_scale * tl.load(boost)
-        _write_gradient(p_row, 0, i_limit, i_target, width, top, total, factor, BLOCK)
+        _write_gradient(p_row, 0, i_limit, i_target, width, pitch, top, total, factor, BLOCK)
 
 
 @triton.jit
@@ -212,7 +231,7 @@ def sweep_kernel(
     target_logit = tl.where(
         here, tl.load(p_row + (i_target - i_class), mask=here, other=0).to(tl.float32), target_logit
     )
-    top, total, i_best = _sweep(p_row, i_class, i_limit, width, top, total, i_best, BLOCK)
+    top, total, i_best = _sweep(p_row, i_class, i_limit, width, pitch, top, total, i_best, BLOCK)
     tl.store(state + i_row, top)
     tl.store(state + rows + i_row, total)
     tl.store(state + 2 * rows + i_row, target_logit)
@@ -245,7 +264,7 @@ def gradient_kernel(
     factor = tl.load(scale + i_token) * tl.load(boost)
     top = tl.load(state + i_row)
     total = tl.load(state + rows + i_row)
-    _write_gradient(logits + i_row * pitch, i_class, i_limit, i_target, width, top, total, factor, BLOCK)
+    _write_gradient(logits + i_row * pitch, i_class, i_limit, i_target, width, pitch, top, total, factor, BLOCK)
 
 
 @triton.jit
