@@ -1,6 +1,7 @@
 """What a data set's meta.json says, and the tokenizer that it names."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,9 +42,20 @@ def test_meta_that_must_exist(tmp_path, meta, actual):
 
 def test_tokenizer_of_data(monkeypatch):
     asked = []
-    monkeypatch.setattr(tokenizers, "make_tokenizer", lambda *arguments: asked.append(arguments))
+
+    def make(*arguments, fsq_id):
+        asked.append((*arguments, fsq_id))
+        return SimpleNamespace(id="stand-in")
+
+    monkeypatch.setattr(tokenizers, "make_tokenizer", make)
     cosmos = {"options": {"tokenizer": "cosmos", "cosmos_dtype": "bf16"}}
     tokenizer_of({})
     tokenizer_of(cosmos, cosmos_dir="weights")  # decoded in the precision it was encoded in
     tokenizer_of(cosmos, "fsq")
-    assert asked == [("fsq", None, None), ("cosmos", "weights", "bf16"), ("fsq", None, "bf16")]
+    tokenizer_of({"options": {"tokenizer": "fsq"}, "tokenizer": {"id": "stand-in"}})
+    assert asked == [
+        ("fsq", None, None, None),
+        ("cosmos", "weights", "bf16", None),
+        ("fsq", None, "bf16", None),
+        ("fsq", None, None, "stand-in"),  # the numbering that the data was prepared with
+    ]
