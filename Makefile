@@ -24,7 +24,7 @@ CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
-	@echo "make learn     the same with more videos and steps (more than an hour on one CPU core)"
+	@echo "make learn     the same with more videos and steps (about an hour on one CPU core)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make matrix    run the tests in fresh environments with the oldest and the newest versions (TESTS=... for some)"
 	@echo "make torture   kill -9 a small training run 50 times, saves included: it has to end with the same bits (minutes);"
