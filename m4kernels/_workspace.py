@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_kept: dict[str, Tensor] = {}
+_kept: list[Tensor] = []  # one at most
 _lock = threading.Lock()
 
 
@@ -19,10 +19,9 @@ def workspace(floats: int) -> Iterator[Tensor]:
         yield torch.empty(floats)
         return
     try:
-        kept = _kept.get("floats")
-        if kept is None or kept.shape[0] < floats:
-            _kept.pop("floats", None)
-            kept = _kept["floats"] = torch.empty(floats)
-        yield kept
+        if not _kept or _kept[0].shape[0] < floats:
+            _kept.clear()  # before there is more
+            _kept.append(torch.empty(floats))
+        yield _kept[0]
     finally:
         _lock.release()

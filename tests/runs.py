@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPE = REPOSITORY / "M4-config.yaml"
 
 MODALITIES = {"tok_rgb": 12, "coords": 6, "tok_rgb_next": 12, "coords_next": 6}
 TINY = """
@@ -45,6 +46,13 @@ def write_tokens(root: Path, split: str, samples: int, seed: int) -> None:
 
 def write_config(path: Path, root: Path) -> Path:
     path.write_text(f"{TINY}data: {{root: {root}}}\noutput_dir: {path.parent / 'runs'}\n")
+    return path
+
+
+def write_yaml(folder: Path, text: str) -> Path:
+    """A configuration file of this text."""
+    path = folder / "run.yaml"
+    path.write_text(text)
     return path
 
 

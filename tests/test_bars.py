@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -33,8 +34,6 @@ def test_a_child_made_while_a_bar_is_drawn_can_draw():
         child = os.fork()
         if child == 0:
             # In another thread of the child the lock would not be its own.
-            import threading
-
             found = []
             thread = threading.Thread(target=lambda: found.append(tqdm.get_lock().acquire(blocking=False)))
             thread.start()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -23,15 +22,7 @@ from m4.config_values import read_value
 from m4.errors import ConfigError
 from m4.model import ModelConfig
 from tests.round_trip import assert_round_trip
-from tests.runs import REPOSITORY
-
-RECIPE = REPOSITORY / "M4-config.yaml"
-
-
-def _write(folder: Path, text: str) -> Path:
-    path = folder / "run.yaml"
-    path.write_text(text)
-    return path
+from tests.runs import RECIPE, write_yaml
 
 
 def test_recipe_file_holds_every_key_at_its_default():
@@ -81,14 +72,14 @@ def test_resolved_config_reloads_as_the_same(tmp_path, overrides):
     ],
 )
 def test_training_time_forms(tmp_path, text, seconds):
-    config, _ = load_config(_write(tmp_path, text))
+    config, _ = load_config(write_yaml(tmp_path, text))
     assert config.training_seconds == seconds
     assert parse_duration(config.training_time) == seconds
 
 
 def test_numbers_written_as_text_become_numbers(tmp_path):
     config, _ = load_config(
-        _write(tmp_path, "min_lr: '1e-7'\nlr: 2e-3\nbatch_size: '8'\ninput_alphas: [1, '1e0', 0, 1]")
+        write_yaml(tmp_path, "min_lr: '1e-7'\nlr: 2e-3\nbatch_size: '8'\ninput_alphas: [1, '1e0', 0, 1]")
     )
     assert (config.min_lr, config.lr, config.batch_size) == (1e-7, 0.002, 8)
     assert config.input_alphas == [1.0, 1.0, 0.0, 1.0]
@@ -348,7 +339,7 @@ def test_names_that_are_no_run(tmp_path, name):
     with pytest.raises(ConfigError, match=said):
         load_config(RECIPE, [f"run_name={name}"])
     with pytest.raises(ConfigError, match=said):
-        load_config(_write(tmp_path, f"run_name: {json.dumps(name)}"))
+        load_config(write_yaml(tmp_path, f"run_name: {json.dumps(name)}"))
     with pytest.raises(ConfigError, match=said):
         config_from_dict({"run_name": name})
     if "/" not in name and len(name) < 100:

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -21,16 +20,7 @@ from m4.config import (
 )
 from m4.errors import ConfigError
 from tests.round_trip import assert_round_trip
-from tests.runs import REPOSITORY
-
-RECIPE = REPOSITORY / "M4-config.yaml"
-
-
-def _write(folder: Path, text: str) -> Path:
-    path = folder / "run.yaml"
-    path.write_text(text)
-    return path
-
+from tests.runs import RECIPE
 
 AWKWARD = [
     "null", "~", "Null", "1e3", "1234e56", "007", "010", "0x1f", "0o17", "1_000", "12:30", "12:30:45", "on", "off",

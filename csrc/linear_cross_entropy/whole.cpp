@@ -12,8 +12,8 @@ void run(const WholeLogits<T>& a) {
         const T* row = a.logits + t * a.classes;
         const int64_t target = a.targets[t];
         const T at_target = row[target];
-        int32_t above =
-            0;  // classes that go before the target; the sums are written so that the compiler vectorises them
+        // Classes that go before the target; the sums are written so that the compiler vectorises them.
+        int32_t above = 0;
         for (int64_t v = 0; v < target; ++v) above += row[v] >= at_target;
         for (int64_t v = target; v < a.classes; ++v) above += row[v] > at_target;
         a.nll[t] = -a.log_softmax[t * a.classes + target];

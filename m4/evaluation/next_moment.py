@@ -45,9 +45,7 @@ class Prediction:
 
     true: np.ndarray  # int64 (N, L)
     predicted: np.ndarray  # int64 (N, L), with the next moment predicted: likeliest ids, medians of coordinates
-    shown: (
-        np.ndarray
-    )  # the same, but image codes of least expected error, where the tokenizer's codes stand for colours
+    shown: np.ndarray  # the same, but image codes of least expected error where ``code_values`` were given
     pose_nats: float | None  # a token of the true next pose, given the reference alone
 
 
@@ -134,6 +132,7 @@ class NextMoment:
         samples: int,
         device: torch.device,
         *,
+        code_values: CodeValues | None = None,
         batch_size: int = _SAMPLES_AT_ONCE,
         after_batch: Callable[[], None] = lambda: None,
     ) -> Prediction:
@@ -141,11 +140,11 @@ class NextMoment:
 
         Args:
             model: ready to predict.
+            code_values: what image codes stand for, for frames that are to be decoded.
             batch_size: samples that are predicted together; no figure depends on it.
             after_batch: called after each batch; lets a stop signal through.
         """
         limits, ordinal = self.layout.id_limits(self.meta).to(device), self.layout.ordinal().to(device)
-        values = CodeValues.of(self.layout, self.meta, device)
         true, predicted, shown, nats = [], [], [], []
         for rows in self._batches(samples, batch_size):
             tokens = store.batch(rows).to(device)
@@ -157,7 +156,7 @@ class NextMoment:
                 wanted=self.wanted,
                 id_limits=limits,
                 ordinal=ordinal,
-                code_values=values,
+                code_values=code_values,
             )
             predicted.append(filled.tokens.cpu().numpy())
             shown.append(filled.shown.cpu().numpy())

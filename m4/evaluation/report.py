@@ -20,6 +20,7 @@ from m4.evaluation.ranks import TOP, TargetRanks
 from m4.evaluation.table import next_lines
 from m4.evaluation.unigram import Unigram
 from m4.files import writable_file, write_atomically
+from m4.generation.estimates import CodeValues
 from m4.model import M4
 from m4.run.console import show_progress
 from m4.saved_run import SavedRun
@@ -116,7 +117,8 @@ def _next_figures(
         log.warning("left out, figures of the next %s: %s", what, why)
     if not next_moment.wanted:
         return {"samples": 0, "left_out": next_moment.left_out}
-    prediction = next_moment.predict(model, store, samples, run.device)
+    values = CodeValues.of(next_moment.layout, next_moment.meta, run.device) if decode is not None else None
+    prediction = next_moment.predict(model, store, samples, run.device, code_values=values)
     drawn = None
     if futures and next_moment.pose:
         drawn = next_moment.futures(model, store, samples, run.device, futures=futures)
