@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
 _FAILURE = "m4/failure"
+_HEARD = "m4/heard"  # how many ranks have read of it
 _BEAT = "m4/beat/{}"
 _MOST_SECONDS = 1.0  # between two looks
 _STORE_SECONDS = timedelta(seconds=30)  # for an answer of the store
@@ -119,6 +120,7 @@ class Watch:
         self._looks = self._progress = self._waits = 0
         self._waiting = 0  # how deep in `waiting`
         self._closing = False
+        self._first = ""  # failure that any rank told, once this one has read of it
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
 
@@ -157,9 +159,8 @@ class Watch:
             return True
         finally:
             self._stopped.set()
-        if first == told and self._rank == 0:
-            time.sleep(3 * self._every)  # it may keep the store, from which the others read of this
         if first == told:
+            self._let_others_read()
             return True
         if first.partition(" ")[2] != str(error):
             self._say(first)
@@ -173,12 +174,11 @@ class Watch:
             end = time.monotonic() + _DEAD_LOOKS * self._every
             while time.monotonic() < end:
                 time.sleep(self._every / 4)
-                if self._store.check([_FAILURE]):
-                    rank, _, text = self._store.get(_FAILURE).decode().partition(" ")
-                    return f"ended with rank {rank}: {text}"
+                if self._first or self._store.check([_FAILURE]):
+                    return self._of_others(self._told(""))
             after = self._read_all()
         except RuntimeError:
-            return f"{_NO_STORE}: {reason}"
+            return self._of_others(self._first) if self._first else f"{_NO_STORE}: {reason}"
         now = time.monotonic()
         gone = {r: Seen(after[r], now, now) for r in after if r != self._rank and after[r].looks == before[r].looks}
         if gone:
@@ -196,15 +196,16 @@ class Watch:
                 self._look(seen)
         except RuntimeError as error:
             if not (self._closing or self._stopped.is_set()):
-                self._end(f"{self._rank} {_NO_STORE}: {_reason(error)}")
+                self._end(self._first or f"{self._rank} {_NO_STORE}: {_reason(error)}")
 
     def _look(self, seen: dict[int, Seen]) -> None:
         self._looks += 1
         self._tell_beat()
         if self._store.check([_FAILURE]):
+            told = self._told("")  # at once: who keeps the store may leave
             if self._stopped.wait(2 * self._every):  # the main thread has the same error, or a better one
                 return
-            self._end(self._told(""))
+            self._end(told)
         now = time.monotonic()
         for rank, one in seen.items():
             one.update(self._read(rank), now)
@@ -229,16 +230,27 @@ class Watch:
 
     def _told(self, text: str) -> str:
         """The first failure that any rank told: this one's ``text`` if no other was before."""
-        return self._store.compare_set(_FAILURE, "", text).decode()
+        if not self._first:
+            self._first = self._store.compare_set(_FAILURE, "", text).decode()
+            self._store.add(_HEARD, 1)
+        return self._first
+
+    def _let_others_read(self) -> None:
+        """The first rank may keep the store: it leaves when all have read of the failure, or do not come to do so."""
+        end = time.monotonic() + _DEAD_LOOKS * self._every
+        with suppress(RuntimeError):
+            while self._rank == 0 and self._store.add(_HEARD, 0) < self._size and time.monotonic() < end:
+                time.sleep(self._every / 10)
+
+    def _of_others(self, told: str) -> str:
+        rank, _, text = told.partition(" ")
+        return text if rank == str(self._rank) else f"ended with rank {rank}: {text}"
 
     def _say(self, told: str) -> None:
-        rank, _, text = told.partition(" ")
-        by = "" if rank == str(self._rank) else f"ended with rank {rank}: "
-        print(f"error: rank {self._rank}: {by}{text}", file=sys.stderr, flush=True)
+        print(f"error: rank {self._rank}: {self._of_others(told)}", file=sys.stderr, flush=True)
 
     def _end(self, told: str) -> NoReturn:
         """End this process at once: its main thread may be in a call that never returns."""
         self._say(told)
-        if self._rank == 0:
-            time.sleep(3 * self._every)
+        self._let_others_read()
         os._exit(_STATUS)
