@@ -136,11 +136,13 @@ def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
 class Space:
     """The dimensions of the model in parts at right angles, each an orthonormal basis (·, D).
 
-    positions: what position embeddings span (all but 1e-5 of them), and the mean, which norms take away. kinds: a
+    table: (P, D) the position embeddings. positions: what they span (all but 1e-5 of it), and the mean, which norms
+    take away. kinds: a
     direction for each kind of modality (image, joints, and each that is neither). own: one for each modality. tokens:
     the rest, for what a token is. A model too small for that has kinds and own directions among those of tokens.
     """
 
+    table: Tensor
     positions: Tensor
     kinds: Tensor
     own: Tensor
@@ -160,7 +162,18 @@ class Space:
         apart = kinds + len(described)
         tokens = rest[apart:] if len(rest) >= 2 * apart else rest
         directions = rest[torch.arange(apart) % len(rest)]
-        return cls(positions, directions[:kinds], directions[kinds:], tokens)
+        return cls(pos_emb, positions, directions[:kinds], directions[kinds:], tokens)
+
+    def axes(self, entries: Tensor) -> Tensor:
+        """(N, D): what reads these entries (N,) of a position embedding after a norm took its mean away, and nothing of
+        what lies at right angles to positions.
+
+        The entry itself would read it less the mean, which in the first positions is as large as the waves and no
+        constant: some found their neighbours rather than themselves.
+        """
+        known = torch.cat([self.table, self.table.new_ones(1, self.table.shape[1])]) @ self.positions.T
+        wanted = torch.cat([self.table[:, entries], self.table.new_zeros(1, len(entries))])
+        return torch.linalg.lstsq(known.double(), wanted.double()).solution.T.to(self.table) @ self.positions
 
     def modalities(self, described: Sequence[Modality]) -> Tensor:
         """(M, D): their embeddings, alike for those of a kind."""
@@ -242,8 +255,7 @@ class Looks:
         waves = max(1, min(WAVES, (head_dim - len(space.kinds)) // 2))
         slowest = math.log(1 / SLOWEST_WAVE) / math.log(POSITION_BASE) * self.dim / 2  # its place among the waves
         self._chosen = torch.linspace(0, min(max(slowest, waves - 1), self.dim // 2 - 1), waves).round().long()
-        axes = torch.eye(self.dim)[torch.cat([self._chosen, self.dim // 2 + self._chosen])].to(space.positions)
-        self.axes = axes @ space.positions.T @ space.positions
+        self.axes = space.axes(torch.cat([self._chosen, self.dim // 2 + self._chosen]))
 
     def set_head(
         self,

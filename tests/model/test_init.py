@@ -143,10 +143,12 @@ def test_parts_of_the_space_are_at_right_angles(dim: int) -> None:
 def test_attention_tells_a_position_from_its_neighbours(dim: int, head_dim: int) -> None:
     m = model(replace(RUN, dim=dim, head_dim=head_dim, enc_depth=1, dec_depth=1))
     looks = Looks(Space.of(m.pos_emb, RowLayout.of(m.config).described), head_dim)
-    seen = m.pos_emb @ looks.axes.T
-    likeness = seen @ seen.T / seen.square().sum(1).mean()
-    share = (COPYING[0] * likeness).softmax(1).diagonal()
-    assert share.min() > 0.96
+    for embeddings in (m.pos_emb, nn.functional.layer_norm(m.pos_emb, (dim,))):  # norms take the mean away
+        seen = embeddings @ looks.axes.T
+        likeness = seen @ seen.T / seen.square().sum(1).mean()
+        share = (COPYING[0] * likeness).softmax(1).diagonal()
+        assert share.min() > 0.9
+        assert share.mean() > 0.97
 
 
 @pytest.mark.parametrize("offset", [0, *OFFSETS])
@@ -201,9 +203,8 @@ def test_an_untrained_model_copies_what_it_sees_at_the_target_s_place(dim: int, 
     with torch.no_grad():
         logits = m.logits(MaskedBatch(packed(0, 1), packed(2, 3)))
     copied = (logits.argmax(1) == ids).view(samples, -1)
-    assert copied[:, :256].float().mean() > 0.9
-    assert copied[:, 256:282].float().mean() > 0.8
-    assert copied[:, 282:].float().mean() > 0.95
+    assert copied.float().mean() > 0.99
+    assert copied.float().mean(0).min() > 0.6  # at every place
     # Where it copies another, it is near.
     error = (logits.argmax(1) - ids).abs().view(samples, -1)[:, 256:282] / 32  # pixels
     assert error.median() == 0
