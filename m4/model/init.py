@@ -56,8 +56,8 @@ COPYING, CROSS, SELF = (24.0, 16.0), (8.0, 8.0), (6.0, 6.0)
 OFFSETS = (NUM_JOINTS, -NUM_JOINTS, 1, -1, IMAGE_GRID, -IMAGE_GRID, 2 * NUM_JOINTS, -2 * NUM_JOINTS)
 COPY = 2.0  # what a target adds of the visible token, in units of its normalised values
 # Logit of the id that was copied, beside ids that have nothing in common with it: bins (what their waves and what their
-# own directions give of it), and codes or visibilities. With those of bins, what an untrained model predicts is as likely
-# as one distribution of how far joints move can be, within 0.1 nats, of animated and of real poses.
+# own directions give of it), and codes or visibilities. With those of bins an untrained model's next pose is within 0.1
+# nats as likely as one distribution of how far joints move can make it, on animated and on real poses.
 WAVES_LOGIT, OWN_LOGIT, CODE_LOGIT = 10.0, 2.0, 20.0
 
 
@@ -200,8 +200,8 @@ def _kinds(described: Sequence[Modality]) -> list[str]:
 
 
 def bin_features(bins: int) -> Tensor:
-    """float32 (bins, 2 * FREQUENCIES + OWN_DIRECTIONS), rows of length 1: sines, then cosines of the place on the scale,
-    then each bin's own direction, which is random."""
+    """float32 (bins, 2 * FREQUENCIES + OWN_DIRECTIONS), rows of length 1: sines, then cosines of the place on the
+    scale, then each bin's own direction, which is random."""
     place = torch.linspace(0.0, 1.0, bins, dtype=torch.float64)
     octaves = torch.linspace(0, math.log2(HIGHEST / LOWEST), FREQUENCIES, dtype=torch.float64)
     angle = 2 * math.pi * LOWEST * place[:, None] * 2.0**octaves
