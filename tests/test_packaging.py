@@ -1,4 +1,4 @@
-"""What an installation brings: requirements of wheels and of editable installs, and a line where an extra is missing."""
+"""What an installation brings: requirements of wheels and editable installs, and a line where an extra is missing."""
 
 import ast
 import importlib.util
@@ -81,9 +81,9 @@ def _imported(package):
 
 
 def test_a_missing_extra_is_named():
-    with pytest.raises(MissingExtra, match=r"^no_such_package is not installed, .*pip install 'm4kernels\[train\]'$"):
-        with extra("train"):
-            import no_such_package  # noqa: F401
+    said = r"^no_such_package is not installed, .*pip install 'm4kernels\[train\]'$"
+    with pytest.raises(MissingExtra, match=said), extra("train"):
+        import no_such_package  # noqa: F401
     with extra("train"):
         import math
 
