@@ -22,6 +22,7 @@ from m4kernels import MaskedBatch, PackedTokens, Segments
 from m4kernels.cases import M4_INPUT_MEANS, M4_MAX_SEQ_LENS, M4_TARGET_MEANS, random_packed
 
 VOCABULARY = (65536,) * 4
+BF16 = ("auto, bf16", "reference, bf16")
 WIDTH = 256  # slots of a padded sample
 
 
@@ -61,13 +62,14 @@ def trainer() -> Trainer:
     return Trainer(config, stores=Stores(store, store))
 
 
-def step(kernels: str) -> Callable[[MaskedBatch], Run]:
+def step(kernels: str, dtype: str = "fp32") -> Callable[[MaskedBatch], Run]:
     def prepare(batch: MaskedBatch) -> Run:
         one = trainer()
         config = replace(one.model.config, kernels=kernels)
 
         def run() -> None:
             one.model.config = config
+            one.step._config = replace(one.step._config, dtype=dtype)
             assert isinstance(one.optimizer, AdamW)
             one.optimizer.in_one_pass = kernels == "auto"
             one.batches = OneStep(batch)  # type: ignore[assignment]
@@ -93,10 +95,24 @@ CPU_SUITE = Suite(
     {
         "M4, 2 samples": Case(lambda: masked_batch(2), work, full=True),
         "M4, 4 samples": Case(lambda: masked_batch(4), work),
-        "M4, 16 samples": Case(lambda: masked_batch(16), work),
+        "M4, 16 samples": Case(lambda: masked_batch(16), work, without=BF16),
+        "M4, 16 samples, bf16": Case(
+            lambda: masked_batch(16), work, without=("reference", "reference-matmul"), full=True
+        ),
     },
-    {"auto": step("auto"), "reference": step("reference"), "reference-matmul": step("reference-matmul")},
-    guards=(("auto", "reference"), ("auto", "reference-matmul")),
+    {
+        "auto": step("auto"),
+        "reference": step("reference"),
+        "reference-matmul": step("reference-matmul"),
+        "auto, bf16": step("auto", "bf16"),
+        "reference, bf16": step("reference", "bf16"),
+    },
+    guards=(
+        ("auto", "reference"),
+        ("auto", "reference-matmul"),
+        ("auto, bf16", "auto"),
+        ("auto, bf16", "reference, bf16"),
+    ),
 )
 
 SUITE = gpu_step.suite() if ON_GPU else CPU_SUITE
