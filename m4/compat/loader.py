@@ -35,15 +35,7 @@ class _MaskedRows(Dataset[Batch]):
 def create_multimodal_masked_dataloader(
     root_dir: str,
     split: str,
-    modalities: Sequence[str],
-    vocab_sizes: Sequence[int],
-    max_seq_lens: Sequence[int],
-    input_alphas: Sequence[float],
-    target_alphas: Sequence[float],
-    input_tokens_range: int | Sequence[int],
-    target_tokens_range: int | Sequence[int],
-    overlap_vocab: bool = True,
-    overlap_posembs: bool = True,
+    *,
     sample_from_k_augmentations: int = 1,
     text_tokenizer_path: str | None = None,
     text_max_length: int | None = None,
@@ -54,9 +46,8 @@ def create_multimodal_masked_dataloader(
     shuffle: bool = True,
     drop_last: bool = True,
     distributed: bool = False,
-    *,
-    seed: int = 0,
     cache_dir: str | None = None,
+    **masking: Any,
 ) -> DataLoader[Batch] | Iterator[Batch]:
     """Batches that `m4.compat.FourM` takes, of what `m4.data.store.open_store` reads.
 
@@ -65,52 +56,40 @@ def create_multimodal_masked_dataloader(
 
     Args:
         root_dir, split: where the tokens are, in folders or packed.
-        modalities … overlap_posembs: see `m4.compat.SimpleMultimodalMasking`.
         sample_from_k_augmentations: 1, the first of each sample's.
         text_tokenizer_path, text_max_length: passed over; no modality here is tokenised text.
         infinite: give an iterator without end.
         pin_memory: where there is a GPU.
         distributed: this rank's share of the samples, if torch.distributed has ranks.
-        seed, cache_dir: not nano4M's: of masks and order; where the packed cache is kept (default: beside the data).
+        cache_dir: where the packed cache is kept (default: beside the data); not nano4M's.
+        masking: modalities and all else that `m4.compat.SimpleMultimodalMasking` takes; its ``seed`` is of the order of
+            ranks too.
 
     Raises:
         ValueError: an argument does not fit, or there is no batch; DataError (a ValueError): the data cannot be used.
     """
-    masking = SimpleMultimodalMasking(
-        modalities,
-        vocab_sizes,
-        max_seq_lens,
-        input_alphas,
-        target_alphas,
-        input_tokens_range,
-        target_tokens_range,
-        overlap_vocab,
-        overlap_posembs,
-        seed=seed,
-    )
+    masks = SimpleMultimodalMasking(**masking)
     if read_integer("sample_from_k_augmentations", sample_from_k_augmentations) != 1:
         raise ValueError(
             f"sample_from_k_augmentations: expected 1, the first of each sample's, got {sample_from_k_augmentations}"
         )
-    if read_integer("batch_size", batch_size) < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if read_integer(name, value) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     flags = {"infinite": infinite, "pin_memory": pin_memory, "shuffle": shuffle, "drop_last": drop_last}
     for name, value in {**flags, "distributed": distributed}.items():
         read_flag(name, value)
-    store = open_store(
-        root_dir, split, masking.modalities, masking.vocab_sizes, masking.max_seq_lens, cache_dir=cache_dir
-    )
-    rows = _MaskedRows(store, masking, fixed=not shuffle)
-    ranks = distributed and torch.distributed.is_available() and torch.distributed.is_initialized()
+    store = open_store(root_dir, split, masks.modalities, masks.vocab_sizes, masks.max_seq_lens, cache_dir=cache_dir)
+    rows = _MaskedRows(store, masks, fixed=not shuffle)
     sampler: DistributedSampler[Batch] | None = None
-    if ranks:
-        sampler = DistributedSampler(rows, shuffle=shuffle, seed=seed, drop_last=drop_last)
+    if distributed and torch.distributed.is_available() and torch.distributed.is_initialized():
+        sampler = DistributedSampler(rows, shuffle=shuffle, seed=masks.seed, drop_last=drop_last)
     loader = DataLoader(
         rows,
         batch_size=batch_size,
         shuffle=shuffle if sampler is None else None,
         sampler=sampler,
-        num_workers=read_integer("num_workers", num_workers),
+        num_workers=num_workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory and torch.cuda.is_available(),
         drop_last=drop_last,

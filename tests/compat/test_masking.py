@@ -252,6 +252,7 @@ def test_ranks_share_the_samples(token_root, monkeypatch) -> None:
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"batch_size": 12}, "batch_size: train of .* has 11 samples, too few for 12 at a time"),
         ({"shuffle": "yes"}, "shuffle: expected True or False, got 'yes'"),
+        ({"num_workers": -1}, "num_workers: expected at least 0, got -1"),
         ({"split": "nosuch"}, "nosuch"),
         ({"overlap_vocab": False}, "overlap_vocab: expected True"),
     ],
