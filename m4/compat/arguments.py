@@ -1,4 +1,4 @@
-"""Constructor arguments as nano4M's classes take them, from plain Python or out of OmegaConf."""
+"""Arguments as nano4M's classes take them, from plain Python or out of OmegaConf."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
+
 from m4.model.config import ModelConfig
+
+# Of token ids, positions and modalities.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16)
 
 
 class Modalities(NamedTuple):

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from m4.compat.arguments import read_flag, read_integer, read_modalities
+from m4.compat.arguments import INTEGERS, read_flag, read_integer, read_modalities
 from m4kernels import MaskedBatch, MaskingSpec, PackedTokens, mask_tokens
+from m4kernels.segments import IGNORE_INDEX
 
 SampleIds = Sequence[int] | Tensor
 
@@ -86,9 +88,16 @@ class SimpleMultimodalMasking:
         Raises:
             ValueError: a modality is missing, or its tokens are of a wrong shape, dtype, length or value.
         """
-        rows, lengths = self._rows([data_dict])
-        batch = self.of_rows(rows, lengths, sample_ids=None if sample_id is None else [sample_id], epoch=epoch)
-        sample: dict[str, Any] = {name: values[0] for name, values in batch.items()}
+        ids = None if sample_id is None else [sample_id]
+        masked = self._masked(*self._rows([data_dict]), ids, epoch)
+        sample: dict[str, Any] = {}
+        for side, tokens, fill in (("enc", masked.encoder, 0), ("dec", masked.decoder, IGNORE_INDEX)):
+            count, width = len(tokens.ids), tokens.segments.max_seqlen
+            space = (0, width - count)
+            sample[f"{side}_tokens"] = F.pad(tokens.ids, space, value=fill)
+            sample[f"{side}_positions"] = F.pad(tokens.positions, space)
+            sample[f"{side}_modalities"] = F.pad(tokens.modalities, space)
+            sample[f"{side}_pad_mask"] = torch.arange(width) < count
         if self.include_unmasked_data_dict:
             sample["unmasked_data_dict"] = data_dict
         return sample
@@ -114,6 +123,9 @@ class SimpleMultimodalMasking:
 
         sample_ids: one for each row.
         """
+        return self._masked(rows, lengths, sample_ids, epoch).padded()
+
+    def _masked(self, rows: Tensor, lengths: Tensor | None, sample_ids: SampleIds | None, epoch: int) -> MaskedBatch:
         if sample_ids is None:
             ids = torch.randint(2**63 - 1, (len(rows),))
         else:
@@ -122,19 +134,20 @@ class SimpleMultimodalMasking:
                 raise ValueError(f"sample_ids: expected one for each of {len(rows)} samples, got {len(ids)}")
         masked = mask_tokens(rows, self.spec, seed=self.seed, sample_ids=ids, epoch=epoch, lengths=lengths)
         inputs = _padded_to(masked.encoder, self.input_tokens_range[1])
-        return MaskedBatch(inputs, _padded_to(masked.decoder, self.target_tokens_range[1])).padded()
+        return MaskedBatch(inputs, _padded_to(masked.decoder, self.target_tokens_range[1]))
 
     def _rows(self, samples: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor | None]:
         """(tokens (B, L), modality after modality, lengths (B, M) or None where all are full)."""
-        rows = torch.zeros((len(samples), self.spec.num_tokens), dtype=torch.int64)
-        lengths = torch.empty((len(samples), self.num_modalities), dtype=torch.int64)
-        for number, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-            start = 0
-            for place, (name, longest) in enumerate(zip(self.modalities, self.max_seq_lens, strict=True)):
-                tokens = self._tokens(sample, name, longest)
-                row[start : start + len(tokens)] = tokens
-                lengths[number, place] = len(tokens)
-                start += longest
+        found = [self._tokens(sample) for sample in samples]
+        lengths = [[len(tokens) for tokens in row] for row in found]
+        full = all(row == self.max_seq_lens for row in lengths)
+        if full:
+            rows = torch.stack([torch.cat(row) for row in found]).long()
+        else:
+            rows = torch.zeros((len(samples), self.spec.num_tokens), dtype=torch.int64)
+            for row, parts in zip(rows, found, strict=True):
+                for place, tokens in zip(row.split(self.max_seq_lens), parts, strict=True):
+                    place[: len(tokens)] = tokens
         wrong = (rows < 0) | (rows >= self._limits)
         if bool(wrong.any()):
             number, slot = wrong.nonzero()[0].tolist()
@@ -143,26 +156,23 @@ class SimpleMultimodalMasking:
                 f"{self.modalities[kind]}: expected ids of 0 to {self.vocab_sizes[kind] - 1} (vocab_sizes), got "
                 f"{int(rows[number, slot])}"
             )
-        full = bool((lengths == torch.tensor(self.max_seq_lens)).all())
-        return rows, None if full else lengths
+        return rows, None if full else torch.tensor(lengths)
 
-    def _tokens(self, sample: Mapping[str, Any], name: str, longest: int) -> Tensor:
-        if name not in sample:
-            raise ValueError(f"{name}: the sample lacks this modality; it has {', '.join(map(str, sample))}")
-        tokens = sample[name]
-        if (
-            not isinstance(tokens, Tensor)
-            or tokens.dim() != 1
-            or tokens.is_floating_point()
-            or tokens.dtype == torch.bool
-        ):
-            found = (
-                f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-            )
-            raise ValueError(f"{name}: expected an integer tensor (n,) of tokens, got {found}")
-        if len(tokens) > longest:
-            raise ValueError(f"{name}: expected at most {longest} tokens (max_seq_lens), got {len(tokens)}")
-        return tokens
+    def _tokens(self, sample: Mapping[str, Any]) -> list[Tensor]:
+        """The tokens of each modality."""
+        found = []
+        for name, longest in zip(self.modalities, self.max_seq_lens, strict=True):
+            if name not in sample:
+                raise ValueError(f"{name}: the sample lacks this modality; it has {', '.join(map(str, sample))}")
+            tokens = sample[name]
+            if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.dtype not in INTEGERS:
+                kind = f"a {type(tokens).__name__}"
+                actual = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else kind
+                raise ValueError(f"{name}: expected an integer tensor (n,) of tokens, got {actual}")
+            if len(tokens) > longest:
+                raise ValueError(f"{name}: expected at most {longest} tokens (max_seq_lens), got {len(tokens)}")
+            found.append(tokens)
+        return found
 
 
 def _padded_to(tokens: PackedTokens, width: int) -> PackedTokens:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from m4.compat.arguments import INTEGERS
 from m4kernels import PackedTokens, Segments
 from m4kernels.segments import IGNORE_INDEX
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Names(NamedTuple):
@@ -125,7 +124,7 @@ def _checked(name: str, values: Any, like: Tensor | None) -> Tensor:
     """values as int64."""
     if not isinstance(values, Tensor):
         raise ValueError(f"{name}: expected an integer tensor (B, N), got a {type(values).__name__}")
-    if values.dim() != 2 or values.dtype not in _INTEGERS:
+    if values.dim() != 2 or values.dtype not in INTEGERS:
         raise ValueError(f"{name}: expected an integer tensor (B, N), got {values.dtype} {tuple(values.shape)}")
     if like is not None:
         _check_like(name, values, like)
