@@ -84,15 +84,23 @@ class FourM(M4):
         activation_checkpointing: bool = False,
     ) -> None:
         given = dict(locals())
+        read_keys = {name: given[name] for name in DEFAULT_READ_KEYS}
+        for name, key in read_keys.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{name}: expected the name of a key, got {key!r}")
         names, sizes, lengths = read_modalities(modalities, vocab_sizes, max_seq_lens)
+        vocabulary, ignored = max(sizes), read_integer("padding_idx", padding_idx)
         if read_flag("use_bias", use_bias):
             raise ValueError("use_bias: expected False, got True; the layers of m4 have no biases")
+        if 0 <= ignored < vocabulary:
+            raise ValueError(f"padding_idx: expected no id of the vocabulary of {vocabulary}, got {padding_idx}")
         std = read_number("init_std", init_std)
         if std <= 0:
             raise ValueError(f"init_std: expected a number above 0, got {init_std}")
+        averaged = read_flag("per_modality_loss_avg", per_modality_loss_avg)
         config = ModelConfig(
             names,
-            [max(sizes)] * len(sizes),  # no modality's classes are limited
+            [vocabulary] * len(sizes),  # no modality's classes are limited
             lengths,
             read_integer("dim", dim),
             read_integer("enc_depth", enc_depth),
@@ -105,21 +113,18 @@ class FourM(M4):
             activation_checkpointing=read_flag("activation_checkpointing", activation_checkpointing),
         )
         super().__init__(config)
-        self.modalities, self.vocab_sizes, self.max_seq_lens = names, sizes, lengths
-        self.num_modalities, self.vocab_size, self.max_posemb_len = len(names), max(sizes), max(lengths)
-        self.padding_idx, self.init_std = read_integer("padding_idx", padding_idx), std
-        if 0 <= self.padding_idx < self.vocab_size:
-            raise ValueError(f"padding_idx: expected no id of the vocabulary of {self.vocab_size}, got {padding_idx}")
-        self.per_modality_loss_avg = read_flag("per_modality_loss_avg", per_modality_loss_avg)
-        self.read_keys = {name: given[name] for name in DEFAULT_READ_KEYS}  # of the constructor → of the batch
-        self._enc_names, self._dec_names = (
-            Names(*(self.read_keys[f"{side}_{field}_read_key"] for field in Names._fields)) for side in ("enc", "dec")
-        )
-        self._bounds = Bounds(self.vocab_size, self.max_posemb_len, self.num_modalities)
         if std != INIT_STD:
             normal(self.modules(), std)
             nn.init.zeros_(self.to_logits.weight)
         self._hold_as_nano4m()
+        self.modalities, self.vocab_sizes, self.max_seq_lens = names, sizes, lengths
+        self.num_modalities, self.vocab_size, self.max_posemb_len = len(names), vocabulary, max(lengths)
+        self.padding_idx, self.init_std, self.per_modality_loss_avg = ignored, std, averaged
+        self.read_keys = read_keys  # of the constructor → of the batch
+        self._enc_names, self._dec_names = (
+            Names(*(read_keys[f"{side}_{field}_read_key"] for field in Names._fields)) for side in ("enc", "dec")
+        )
+        self._bounds = Bounds(vocabulary, self.max_posemb_len, self.num_modalities)
 
     def _hold_as_nano4m(self) -> None:
         """Buffers and the order of parameters, by which an optimizer's state is saved, become nano4M's."""

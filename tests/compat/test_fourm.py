@@ -1,5 +1,6 @@
 """`m4.compat.FourM` beside nano4M's padded form, written for the tests in `tests/compat/padded_form.py`."""
 
+import copy
 import math
 from typing import Any
 
@@ -192,6 +193,32 @@ def test_both_forms_train_alike() -> None:
     assert off["ours"].max() < 10 * off["padded"].max() + 1e-5, off
     assert off["ours"].max() < 1e-3, off
     assert history["ours"][-1] < 0.8 * history["ours"][0], history["ours"]
+
+
+def test_training_goes_on_from_nano4m() -> None:
+    """Weights, and moments, which optimizers save by the order of parameters."""
+    _, padded = both()
+    ours, _ = both(seed=5)
+
+    def optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+        decayed = [p for p in model.parameters() if p.ndim >= 2]
+        others = [p for p in model.parameters() if p.ndim < 2]
+        return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1e-2)
+
+    def train(model: torch.nn.Module, seed: int) -> float:
+        loss, _ = model(batch(seed))
+        optimizers[model].zero_grad()
+        loss.backward()
+        optimizers[model].step()
+        return loss.item()
+
+    optimizers = {model: optimizer(model) for model in (ours, padded)}
+    for seed in range(3):
+        train(padded, seed)
+    ours.load_state_dict(padded.state_dict())
+    optimizers[ours].load_state_dict(copy.deepcopy(optimizers[padded].state_dict()))
+    for seed in range(3, 6):
+        assert train(ours, seed) == pytest.approx(train(padded, seed), rel=1e-4)
 
 
 def test_initial_values() -> None:
@@ -433,6 +460,7 @@ def test_batches_that_lack_something() -> None:
         ({"init_std": 0.0}, "init_std: expected a number above 0, got 0.0"),
         ({"padding_idx": 0}, "padding_idx: expected no id of the vocabulary of 61, got 0"),
         ({"kernels": "fast"}, "kernels must be one of"),
+        ({"dec_tokens_read_key": None}, "dec_tokens_read_key: expected the name of a key, got None"),
         ({"attention": {"middle": "full"}}, "attention must be a section of encoder"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.moving`, of a tiny model: what it compares does the same work, and the table follows from it."""
+"""`python -m benchmarks.moving`, of a tiny model: what it compares does the same work; the table follows from it."""
 
 import json
 import sys
