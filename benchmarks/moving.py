@@ -9,8 +9,6 @@ sample, beside ours: called for each sample as nano4M calls it, and for a batch 
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,12 +21,11 @@ from torch import Tensor
 from benchmarks.device import DEVICE
 from benchmarks.measure import alternate
 from benchmarks.peers.mask_nano4m import MaskNano4M
-from benchmarks.results import machine
+from benchmarks.results import write_figures
 from m4.arguments import CommandParser, number, whole
 from m4.cli import run_command
 from m4.compat import FourM, SimpleMultimodalMasking
 from m4.config import TrainConfig, load_config
-from m4.files import write_atomically
 from m4.model.config import KERNELS
 from m4kernels.testing import peak_extra_memory
 
@@ -171,8 +168,7 @@ def main() -> int:
     found = measure(config, arguments.samples, arguments.masked, arguments.seconds, dtype)
     print(table(found))
     if arguments.out:
-        text = json.dumps({"command": sys.argv[1:], "environment": machine(), **found}, indent=1)
-        write_atomically(arguments.out, (text + "\n").encode())
+        write_figures(arguments.out, found)
     return 0
 
 

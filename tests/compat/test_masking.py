@@ -136,7 +136,7 @@ def test_in_workers_of_a_data_loader(at_once: bool) -> None:
         batch_size=4,
         num_workers=2,
         collate_fn=transform.collate if at_once else None,
-        timeout=60,
+        timeout=200,
     )
     torch.manual_seed(0)
     rows = [batch["enc_positions"] for batch in itertools.chain(loader, loader)]
