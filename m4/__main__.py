@@ -10,6 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from m4.extras import MissingExtra
+
 # Name → (module that is run, what it does).
 COMMANDS = {
     "train": ("m4.train", "train a model, or resume where it stopped"),
@@ -60,8 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: m4: expected {', '.join(COMMANDS)}, got {name!r}{hint} (see m4 --help)", file=sys.stderr)
         return 2
     sys.argv = [f"m4 {name}", *rest]
-    command = importlib.import_module(COMMANDS[name][0])
-    from m4.cli import run_command
+    try:
+        command = importlib.import_module(COMMANDS[name][0])
+        from m4.cli import run_command
+    except MissingExtra as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
     run_command(command.main)
 

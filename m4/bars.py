@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import threading
 
-from tqdm import tqdm
+from m4.extras import extra
+
+with extra("data"):  # every command comes by here
+    from tqdm import tqdm
 
 
 def _own_lock() -> None:

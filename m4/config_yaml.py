@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from yaml.error import MarkedYAMLError
-
 from m4.config_values import shortened, shown
 from m4.errors import ConfigError
+from m4.extras import extra
+
+with extra("train"):  # every command but those of data comes by here
+    import yaml
+    from yaml.error import MarkedYAMLError
 
 if TYPE_CHECKING:  # imported where files are parsed: training on a machine that lacks omegaconf needs only the classes
     from omegaconf import DictConfig

@@ -18,7 +18,7 @@ from tests.runs import REPOSITORY
 ROOMS = [
     ["m4kernels"],
     ["m4"],  # the package itself, which imports nothing
-    ["m4.errors"],
+    ["m4.errors", "m4.extras"],
     ["m4.config_values", "m4.distributed", "m4.schedule"],
     [
         "m4.config_keys",

@@ -94,10 +94,15 @@ M4K_BLOCK Pair<T> load_pair(const T* p) {
 #endif
 }
 
+// A store of two words that nobody reads soon. nvcc 13.0 splits an assignment of two 8-byte words in two; not this.
 template <typename T>
 M4K_BLOCK void store_pair(T* p, Pair<T> pair) {
 #if defined(__CUDA_ARCH__)
-    *reinterpret_cast<Pair<T>*>(p) = pair;
+    if constexpr (sizeof(T) == 8) {
+        __stcs(reinterpret_cast<longlong2*>(p), make_longlong2(pair.x, pair.y));
+    } else {
+        __stcs(reinterpret_cast<float2*>(p), make_float2(pair.x, pair.y));
+    }
 #else
     p[0] = pair.x;
     p[1] = pair.y;

@@ -37,10 +37,12 @@ from m4.model.layers import POSITION_BASE, CrossAttention, SelfAttention
 
 INIT_STD = 0.02  # of nano4M
 
-# Fourier features of a bin: waves over the whole scale, from half a period to 2,048 (a period of 4 bins). Each octave
+# Fourier features of a bin: waves over the whole scale, from half a period to 512 (a period of 16 bins). Each octave
 # counts this much less than the one below it: how likely a joint is to be some way off falls with the way's logarithm.
-FREQUENCIES, LOWEST, HIGHEST = 40, 0.5, 2048.0
-OCTAVE_FALL = 2**-0.1
+FREQUENCIES, LOWEST, HIGHEST = 24, 0.5, 512.0
+OCTAVE_FALL = 2**-0.25
+# What no other bin shares: a random direction of so many. Labels often stay where they were to the bin.
+OWN_DIRECTIONS = 32
 # Standard deviation of an entry of the embeddings; position embeddings have 0.7.
 TOKEN_STD, MODALITY_STD = 1.0, 0.5
 OWN_SHARE = 0.3  # of a modality in its embedding, beside what its kind shares
@@ -53,8 +55,10 @@ COPYING, CROSS, SELF = (24.0, 16.0), (8.0, 8.0), (6.0, 6.0)
 # joint or block; the row of blocks above or below.
 OFFSETS = (NUM_JOINTS, -NUM_JOINTS, 1, -1, IMAGE_GRID, -IMAGE_GRID, 2 * NUM_JOINTS, -2 * NUM_JOINTS)
 COPY = 2.0  # what a target adds of the visible token, in units of its normalised values
-# Logit of the id that was copied, beside ids that have nothing in common with it: bins, and codes or visibilities.
-BIN_LOGIT, CODE_LOGIT = 8.0, 20.0
+# Logit of the id that was copied, beside ids that have nothing in common with it: bins (what their waves and what their
+# own directions give of it), and codes or visibilities. With those of bins an untrained model's next pose is within 0.1
+# nats as likely as one distribution of how far joints move can make it, on animated and on real poses.
+WAVES_LOGIT, OWN_LOGIT, CODE_LOGIT = 10.0, 2.0, 20.0
 
 
 class Weights(Protocol):
@@ -136,11 +140,13 @@ def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
 class Space:
     """The dimensions of the model in parts at right angles, each an orthonormal basis (·, D).
 
-    positions: what position embeddings span (all but 1e-5 of them), and the mean, which norms take away. kinds: a
+    table: (P, D) the position embeddings. positions: what they span (all but 1e-5 of it), and the mean, which norms
+    take away. kinds: a
     direction for each kind of modality (image, joints, and each that is neither). own: one for each modality. tokens:
     the rest, for what a token is. A model too small for that has kinds and own directions among those of tokens.
     """
 
+    table: Tensor
     positions: Tensor
     kinds: Tensor
     own: Tensor
@@ -160,7 +166,18 @@ class Space:
         apart = kinds + len(described)
         tokens = rest[apart:] if len(rest) >= 2 * apart else rest
         directions = rest[torch.arange(apart) % len(rest)]
-        return cls(positions, directions[:kinds], directions[kinds:], tokens)
+        return cls(pos_emb, positions, directions[:kinds], directions[kinds:], tokens)
+
+    def axes(self, entries: Tensor) -> Tensor:
+        """(N, D): what reads these entries (N,) of a position embedding after a norm took its mean away, and nothing of
+        what lies at right angles to positions.
+
+        The entry itself would read it less the mean, which in the first positions is as large as the waves and no
+        constant: some found their neighbours rather than themselves.
+        """
+        known = torch.cat([self.table, self.table.new_ones(1, self.table.shape[1])]) @ self.positions.T
+        wanted = torch.cat([self.table[:, entries], self.table.new_zeros(1, len(entries))])
+        return torch.linalg.lstsq(known.double(), wanted.double()).solution.T.to(self.table) @ self.positions
 
     def modalities(self, described: Sequence[Modality]) -> Tensor:
         """(M, D): their embeddings, alike for those of a kind."""
@@ -183,12 +200,15 @@ def _kinds(described: Sequence[Modality]) -> list[str]:
 
 
 def bin_features(bins: int) -> Tensor:
-    """float32 (bins, 2 * FREQUENCIES), rows of length 1: sines, then cosines of the place on the scale."""
+    """float32 (bins, 2 * FREQUENCIES + OWN_DIRECTIONS), rows of length 1: sines, then cosines of the place on the
+    scale, then each bin's own direction, which is random."""
     place = torch.linspace(0.0, 1.0, bins, dtype=torch.float64)
     octaves = torch.linspace(0, math.log2(HIGHEST / LOWEST), FREQUENCIES, dtype=torch.float64)
     angle = 2 * math.pi * LOWEST * place[:, None] * 2.0**octaves
     size = OCTAVE_FALL**octaves
-    return nn.functional.normalize(torch.cat([size * angle.sin(), size * angle.cos()], dim=1)).float()
+    waves = nn.functional.normalize(torch.cat([size * angle.sin(), size * angle.cos()], dim=1)).float()
+    own = nn.functional.normalize(torch.randn(bins, OWN_DIRECTIONS))
+    return nn.functional.normalize(torch.cat([WAVES_LOGIT**0.5 * waves, OWN_LOGIT**0.5 * own], dim=1))
 
 
 def code_features(code_levels: Sequence[int] = IMAGE_LEVELS) -> Tensor:
@@ -219,7 +239,7 @@ def _vocabulary(model: Weights, space: Space, of_output: float, code_levels: Seq
 
     bins = min(BINS, vocab_sizes.get("joints", 0))
     if bins:
-        set_rows(0, bin_features(bins), BIN_LOGIT)
+        set_rows(0, bin_features(bins), WAVES_LOGIT + OWN_LOGIT)
         # Visibility is no scale, and as bins its ids would be neighbours.
         set_rows(0, torch.eye(VISIBILITIES)[:bins], CODE_LOGIT)
     if vocab_sizes.get("image", 0) >= IMAGE_CODES:
@@ -242,8 +262,7 @@ class Looks:
         waves = max(1, min(WAVES, (head_dim - len(space.kinds)) // 2))
         slowest = math.log(1 / SLOWEST_WAVE) / math.log(POSITION_BASE) * self.dim / 2  # its place among the waves
         self._chosen = torch.linspace(0, min(max(slowest, waves - 1), self.dim // 2 - 1), waves).round().long()
-        axes = torch.eye(self.dim)[torch.cat([self._chosen, self.dim // 2 + self._chosen])].to(space.positions)
-        self.axes = axes @ space.positions.T @ space.positions
+        self.axes = space.axes(torch.cat([self._chosen, self.dim // 2 + self._chosen]))
 
     def set_head(
         self,
