@@ -11,9 +11,7 @@ themselves, which is not.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,14 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import machine
+from benchmarks.results import write_figures
 from m4.arguments import CommandParser, whole
 from m4.build import Stores
 from m4.cli import run_command
 from m4.config import TrainConfig, load_config
 from m4.data.store import TokenStore
 from m4.device import HeapTrimmer
-from m4.files import write_atomically
 from m4.run.metrics import RunLog
 from m4.schedule import Schedule
 from m4.training.trainer import Trainer
@@ -180,8 +177,7 @@ def main() -> int:
     for name, share in found["shares"].items():
         print(f"{name:<36} {share:8.3%} of the step{'' if share < GOAL else f'  above the goal of {GOAL:.0%}'}")
     if arguments.out:
-        text = json.dumps({"command": sys.argv[1:], "environment": machine(), **found}, indent=1)
-        write_atomically(arguments.out, (text + "\n").encode())
+        write_figures(arguments.out, found)
     return 0
 
 

@@ -5,6 +5,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 import m4kernels
 from benchmarks import guard
 from benchmarks.measure import Work, copy_bandwidth, product_rate, product_rates
+from m4.files import write_atomically
 from m4kernels import _ext
 
 RESULTS = Path(__file__).with_name("results")
@@ -112,6 +115,12 @@ def environment() -> dict[str, Any]:
         "product_gigaflops": product_rate() / 1e9,
         "products_gigaflops": {name: rate / 1e9 for name, rate in product_rates().items()},
     }
+
+
+def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
+    """What a script has measured, as JSON, with its arguments and the machine."""
+    body = {"command": sys.argv[1:], "environment": machine(), **figures}
+    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
 
 
 def machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written so that a kill at any instant leaves a whole one; and import of nano4M's weights."""
+"""Checkpoints of a run, written so that a kill at any instant leaves a whole one; and nano4M's weights, in and out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from m4.checkpoint_files import digest as _digest
 from m4.checkpoint_files import flush as _flush
 from m4.checkpoint_files import save_state as _save_state
 from m4.checkpoint_files import save_weights as _save_weights
-from m4.compat.nano4m_checkpoint import load_nano4m
+from m4.compat.nano4m_checkpoint import load_nano4m, save_nano4m
 from m4.config import TrainConfig, config_from_dict, config_to_dict
 from m4.errors import CheckpointError
 from m4.model.weights import first_not_finite, load_matching
@@ -49,6 +49,7 @@ __all__ = [
     "read_checkpoint",
     "read_checkpoints",
     "save_checkpoint",
+    "save_nano4m",
     "step_folders",
     "whole_checkpoints",
 ]

@@ -26,6 +26,7 @@ _DATA_KEYS = (
 _MAPPED = {f"global_vars.{key}": key for key in ("batch_size", *_DATA_KEYS)}
 _MAPPED |= {f"model_config.{key}": key for key in ("modalities", "vocab_sizes", "max_seq_lens")}
 _MAPPED |= {f"model_config.{key}": f"model.{key}" for key in ("dim", "enc_depth", "dec_depth", "head_dim", "mlp_ratio")}
+_MAPPED |= {f"model_config.{key}": key for key in ("kernels", "activation_checkpointing")}  # of our FourM alone
 _MAPPED |= {f"{loader}_loader_config.{key}": key for loader in ("train", "eval") for key in _DATA_KEYS}
 _MAPPED |= {
     "warmup_tokens": "token_warmup",
@@ -38,6 +39,11 @@ _MAPPED |= {
     "eval_loader_config.root_dir": "data.root",
     "train_loader_config.split": "data.train_split",
     "eval_loader_config.split": "data.eval_split",
+    "model_config.attention": "model.attention",
+    "train_loader_config.seed": "seed",
+    "eval_loader_config.seed": "eval_seed",
+    "train_loader_config.cache_dir": "data.cache_dir",
+    "eval_loader_config.cache_dir": "data.cache_dir",
 }
 
 # nano4M key → why nothing has to be done.
@@ -56,12 +62,18 @@ _IGNORED |= {
         "shuffle": "training is always shuffled, evaluation never",
         "drop_last": "the training stream has no last batch, evaluation keeps it",
         "distributed": "the launcher decides it",
+        "include_unmasked_data_dict": "masked batches are all that training reads",
     }.items()
 }
 _IGNORED["eval_loader_config.batch_size"] = "evaluation uses batch_size"
 
 # nano4M key → the one value that is meant here.
-_FIXED = {"model_config.per_modality_loss_avg": (True, "the loss is the mean over the modalities")}
+_FIXED: dict[str, tuple[bool | int | float, str]] = {
+    "model_config.per_modality_loss_avg": (True, "the loss is the mean over the modalities"),
+    "model_config.use_bias": (False, "the layers have no biases"),
+    "model_config.padding_idx": (-100, "nothing else fills the padding of targets"),
+    "model_config.init_std": (0.02, "model.init decides the initial values"),
+}
 for _loader in ("train", "eval"):
     _FIXED[f"{_loader}_loader_config.overlap_vocab"] = (True, "all modalities share one embedding table")
     _FIXED[f"{_loader}_loader_config.overlap_posembs"] = (True, "positions restart at 0 in every modality")
@@ -107,9 +119,10 @@ def translate(
             notes.append(f"{key}: ignored, because {_IGNORED[key]}")
         elif key in _FIXED:
             wanted, meaning = _FIXED[key]
-            if _flag(value) is not wanted:
-                raise TranslationError(f"{key}: expected {str(wanted).lower()} ({meaning}), got {shown(value)}")
-            notes.append(f"{key}: true, as it always is here: {meaning}")
+            word = str(wanted).lower()
+            if _typed_as(wanted, value) != wanted:
+                raise TranslationError(f"{key}: expected {word} ({meaning}), got {shown(value)}")
+            notes.append(f"{key}: {word}, as it always is here: {meaning}")
         elif key.startswith("model_config.") and key.endswith("_read_key"):
             notes.append(f"{key}: ignored, because a masked batch has fixed field names")
         elif key.startswith("global_vars."):
@@ -121,9 +134,10 @@ def translate(
     return ours, notes
 
 
-def _flag(value: Any) -> bool | None:
+def _typed_as(wanted: bool | int | float, value: Any) -> bool | int | float | None:
+    """The value in the type of the wanted one, None where it is of another."""
     try:
-        return read_value(bool, value)
+        return read_value(type(wanted), value)
     except ValueError:
         return None
 

@@ -80,11 +80,11 @@ class Weights(Protocol):
 
 
 @torch.no_grad()
-def normal(modules: Iterable[nn.Module]) -> None:
-    """Weights from N(0, 0.02²), biases 0. Norms, which are at 1, stay."""
+def normal(modules: Iterable[nn.Module], std: float = INIT_STD) -> None:
+    """Weights from N(0, std²), biases 0. Norms, which are at 1, stay."""
     for module in modules:
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=INIT_STD)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 

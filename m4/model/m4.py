@@ -148,10 +148,14 @@ class M4(nn.Module):
         """Decoder output (T_dec, D) for every target."""
         return self.answer(batch.decoder, self.context(batch.encoder), batch.encoder.segments)
 
+    def encode(self, visible: PackedTokens) -> tuple[Tensor, Tensor]:
+        """(encoder output (T_enc, D), position embedding (T_enc, D)) of visible tokens."""
+        x, positions = self.embed_inputs(visible)
+        return self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder)), positions
+
     def context(self, visible: PackedTokens) -> Tensor:
         """What the decoder reads of visible tokens (T_enc, D)."""
-        x, positions = self.embed_inputs(visible)
-        x = self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder))
+        x, positions = self.encode(visible)
         return linear(x, self.dec_context_proj.weight, self.dec_context_proj.bias, residual=positions)
 
     def answer(self, targets: PackedTokens, context: Tensor, context_segments: Segments) -> Tensor:
