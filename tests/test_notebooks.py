@@ -35,6 +35,7 @@ def shown(cell):
     return kinds
 
 
+@pytest.mark.timeout(900)  # a minute on an idle core
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_shows_what_is_committed(ran, name):
     committed = nbformat.read(notebook_path(name), as_version=4)
