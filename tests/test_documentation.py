@@ -8,12 +8,16 @@ import io
 import itertools
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import m4kernels
 from m4.config import load_config
 from m4.generation.files import endings
 from tests.documentation import (
@@ -284,3 +288,18 @@ def test_every_page_is_in_the_index():
     index = (DOCS / "README.md").read_text()
     assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index] == []
     assert "(docs/README.md)" in (REPOSITORY / "README.md").read_text()
+
+
+def test_the_reference_is_made_of_docstrings(tmp_path):
+    """`make docs`, of the kernels alone."""
+    pytest.importorskip("pdoc", reason="needs pdoc: pip install -e '.[dev]'")
+    recipe = re.search(r"^docs:.*\n\t\$\(PY\) -m (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)[1]
+    words = shlex.split(recipe)
+    words[words.index("build/api")] = str(tmp_path)
+    assert words.pop() == "m4"
+    done = subprocess.run([sys.executable, "-m", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    page = (tmp_path / "m4kernels.html").read_text()
+    for name in set(m4kernels.__all__) - {"__version__"}:
+        assert f'id="{name}"' in page
+        assert getattr(m4kernels, name).__doc__
