@@ -20,12 +20,14 @@ CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format; clang_format()'
 CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo learn test other-sums torture matrix lint format types bench gpu gpu-dry-run sanitize compile-gates clean
+.PHONY: help setup demo learn test notebooks docs other-sums torture matrix lint format types bench gpu gpu-dry-run sanitize compile-gates clean
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
 	@echo "make learn     the same with more videos and steps (about an hour on one CPU core)"
 	@echo "make test      set up, check formats and types, run all tests"
+	@echo "make notebooks runs notebooks/ from top to bottom and keeps what they print and draw"
+	@echo "make docs      the reference of all functions and classes, from their docstrings, in build/api"
 	@echo "make matrix    run the tests in fresh environments with the oldest and the newest versions (TESTS=... for some)"
 	@echo "make torture   kill -9 a small training run 50 times, saves included: it has to end with the same bits (minutes);"
 	@echo "               RANKS=2: one of its two processes"
@@ -59,6 +61,14 @@ other-sums: setup
 	OPENBLAS_CORETYPE=Haswell OPENBLAS_L2_SIZE=512 $(PY) -m pytest -q -k "interpreter and not opcheck and not compiles" \
 		tests/ops/test_cross_modal_attention.py tests/ops/test_cross_modal_attention_triton.py \
 		tests/ops/test_linear_cross_entropy.py tests/ops/test_linear_cross_entropy_triton.py
+
+# What the notebooks show is committed with them; look at it before.
+notebooks: setup
+	$(PY) -m tests.notebooks
+
+# The pages of docs/ are read as they are; this is the reference. Of the ops their public functions.
+docs: setup
+	$(PY) -m pdoc --docformat google -o build/api m4kernels '!m4kernels.ops' '!m4kernels.aot' m4
 
 # make torture KILLS=10 RANKS=2
 torture: setup

@@ -56,15 +56,28 @@ def main() -> int:
     name = "loss" if asked.what == "losses" else asked.what
     out = asked.out or asked.run / f"{name}.png"
     check_picture_path("--out", out, FIGURE_ENDINGS)
-    figure = _losses(asked.run) if asked.what == "losses" else _OF_A_RECIPE[asked.what](_config(asked), asked.samples)
+    if asked.what == "losses":
+        figure = draw_losses(asked.run)
+    else:
+        figure = draw_recipe(asked.what, _config(asked), asked.samples)
     write_atomically(out, figure_bytes(figure, out.suffix))
     print(f"wrote {out}")
     return 0
 
 
-def _losses(run: Path) -> Figure:
+def draw_losses(run: Path) -> Figure:
+    """Loss and pose error of a run over its training, from its metrics.jsonl. Raises ConfigError as `read_losses`."""
     train, evaluations = read_losses(run / METRICS_FILE)
     return loss_curves(train, evaluations, read_unigram(run))
+
+
+def draw_recipe(what: str, config: TrainConfig, samples: int = _SAMPLES) -> Figure:
+    """What a recipe comes to, before any training.
+
+    Args:
+        what: masks of the first so many ``samples`` in training, attention of the first of them, or schedule.
+    """
+    return _OF_A_RECIPE[what](config, samples)
 
 
 def _config(asked: argparse.Namespace) -> TrainConfig:

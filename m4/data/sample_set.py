@@ -18,10 +18,18 @@ def make_sample_set(root: Path, videos: int) -> Path:
 
     Raises DataError if that command fails, which has said why on stderr.
     """
-    done = subprocess.run([sys.executable, "-m", *_arguments(root, videos)], stdout=sys.stderr)
+    done = subprocess.run([sys.executable, "-m", *_arguments(root, videos)], stdout=_standard_error())
     if done.returncode != 0:
         raise DataError(f"data.sample_dir: {sample_command(root, videos)} ended with status {done.returncode}")
     return root
+
+
+def _standard_error() -> int:
+    """Where a process may write to; in some notebooks standard error is no file."""
+    try:
+        return sys.stderr.fileno()
+    except OSError:
+        return subprocess.DEVNULL
 
 
 def sample_command(root: Path, videos: int) -> str:

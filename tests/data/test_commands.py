@@ -1,5 +1,6 @@
 """The command line: what it prints, its exit status, one line and no traceback for a user's mistake."""
 
+import io
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from m4.data.__main__ import main
+from m4.data.sample_set import make_sample_set
 
 
 def run(capsys, *arguments):
@@ -142,3 +144,10 @@ def test_a_full_disk_is_named_by_the_output_folder(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("m4.data.__main__.synthesize", full)
     status, _, err = run(capsys, "synth", "--out", tmp_path, "--videos", 1)
     assert (status, err) == (2, f"error: {tmp_path}: No space left on device\n")
+
+
+def test_the_sample_set_where_standard_error_is_no_file(tmp_path, monkeypatch):
+    """As in some notebooks."""
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr("m4.data.sample_set._arguments", lambda *_: ["m4", "--version"])
+    assert make_sample_set(tmp_path, 1) == tmp_path
