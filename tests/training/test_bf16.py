@@ -9,7 +9,9 @@ import torch
 from m4.training import step
 from m4.training.step import Execution
 from m4.training.trainer import Trainer
+from m4kernels import _ext
 from m4kernels.ops.linear import api, copies
+from m4kernels.processor import has_amx
 from tests.training.step_setup import CPU, ON_A_CPU, Steps
 
 
@@ -18,6 +20,8 @@ def config(tiny_train_config, monkeypatch):
     # In two micro-batches, with layers of the size that the extension multiplies.
     monkeypatch.setattr(api, "FEWEST_ROWS", 64)
     monkeypatch.setattr(api, "NARROWEST", 8)
+    if _ext.load() is not None and not has_amx():  # ours multiply bfloat16, whatever is faster here
+        monkeypatch.setitem(api.OWN_LEVELS, torch.bfloat16, (_ext.require().simd_level(),))
     return dataclasses.replace(tiny_train_config, batch_size=16, global_batch_size=32)
 
 

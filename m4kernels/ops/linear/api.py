@@ -23,8 +23,8 @@ def _constant_when_traced(function: Any) -> Any:
 dispatcher: Dispatcher[LinearBackend] = Dispatcher(OP, ("cpp", "reference"), LinearBackend)
 
 # Where the automatic choice takes our own products (measured in benchmarks/NOTES.md, "linear"): of float32 with
-# registers of 512 bits, since PyTorch's are faster with narrower ones; of bfloat16 wherever PyTorch's have no AMX.
-OWN_LEVELS = {torch.float32: ("avx512", "avx512bf16"), torch.bfloat16: ("avx2", "avx512", "avx512bf16")}
+# registers of 512 bits, since PyTorch's are faster with narrower ones; of bfloat16 where no instruction multiplies it.
+OWN_LEVELS = {torch.float32: ("avx512", "avx512bf16"), torch.bfloat16: ("avx2", "avx512")}
 # Fewer rows, and packing the weight costs more than multiplying it faster gains; a narrower weight, and the call's own
 # 40 us do. Neither counts in bfloat16 without instructions for it, where PyTorch's products are several times slower.
 FEWEST_ROWS = 256
@@ -58,9 +58,9 @@ def linear(
         bias, residual: any of these dtypes.
         gelu: whether the layer's input is GELU(x).
         backend: "cpp" (CPU; float32 and bfloat16), "reference" or "auto"; default what the variable M4KERNELS_BACKEND
-            names, else auto. The automatic choice is cpp on a CPU, in float32 with AVX-512, in bfloat16 with AVX2
-            and no AMX, for T, K and N of some hundreds at least; elsewhere, and on every GPU, the expression above,
-            which PyTorch computes and differentiates.
+            names, else auto. The automatic choice is cpp on a CPU, in float32 with AVX-512 for T, K and N of some
+            hundreds at least, in bfloat16 with AVX2 where no instruction multiplies bfloat16; elsewhere, and on
+            every GPU, the expression above, which PyTorch computes and differentiates.
 
     Returns:
         (T, N), contiguous.
