@@ -11,7 +11,7 @@ import threading
 
 from m4.extras import extra
 
-with extra("data"):  # every command comes by here
+with extra("train"):  # every command comes by here; those of data need less, the extra data
     from tqdm import tqdm
 
 

@@ -93,7 +93,7 @@ def test_a_missing_extra_is_named():
 @pytest.mark.parametrize(
     ("command", "missing", "name"),
     [
-        (["-m", "m4.data"], "tqdm", "data"),
+        (["-m", "m4.data"], "tqdm", "train"),
         (["-m", "m4.train"], "yaml", "train"),
         (["-m", "m4", "evaluate"], "yaml", "train"),
     ],
