@@ -51,9 +51,14 @@ demo learn: setup
 	$(PY) -m m4.plots --run $(call quoted,runs/$(run_name))
 	$(PY) -m m4.generate --run $(call quoted,runs/$(run_name)) --out $(call quoted,runs/$(run_name)/prediction.png)
 
+# Most tests keep one core busy: two groups that nothing disturbs, and that disturb nothing, run beside the others.
+BESIDE := tests/test_notebooks.py tests/test_documentation.py
 test: setup lint types
-	$(PY) -m pytest
-	$(MAKE) --no-print-directory other-sums
+	@mkdir -p build
+	@echo "beside these tests: make other-sums, then $(BESIDE); what they say comes at the end"
+	@{ $(MAKE) --no-print-directory other-sums && $(PY) -m pytest -q $(BESIDE); } > build/beside.log 2>&1 & beside=$$!; \
+	$(PY) -m pytest $(addprefix --ignore=,$(BESIDE)); status=$$?; \
+	wait $$beside || status=1; cat build/beside.log; exit $$status
 
 # Once more with numpy's matrix products of another machine, which add in another order: error budgets must not depend on
 # that. Triton's interpreter multiplies with numpy, nothing else here does: so only what it runs (a minute of one core).

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -40,10 +40,20 @@ def floors(requirements: Iterable[str]) -> list[str]:
     return found
 
 
-def requirements_of(project: Path) -> list[str]:
-    """Of the package and of its extra `dev`, as pyproject.toml names them."""
+def requirements_of(project: Path, extra: str = "dev") -> list[str]:
+    """Of the package and of an extra, as pyproject.toml names them, with the extras that this is made of."""
     table = tomllib.loads((project / "pyproject.toml").read_text())["project"]
-    return [*table["dependencies"], *table["optional-dependencies"]["dev"]]
+
+    def of_extra(name: str) -> Iterator[str]:
+        for requirement in table["optional-dependencies"][name]:
+            inner = Requirement(requirement)
+            if inner.name == table["name"]:
+                for one in sorted(inner.extras):
+                    yield from of_extra(one)
+            else:
+                yield requirement
+
+    return [*table["dependencies"], *of_extra(extra)]
 
 
 def copy_working_tree(to: Path) -> None:

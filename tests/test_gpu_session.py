@@ -118,8 +118,8 @@ def test_a_stage_out_of_time_is_interrupted_first_and_killed_with_its_children(
     start = time.monotonic()
     status, body = session(
         tmp_path,
-        python(polite, seconds=1.5, name="polite"),
-        python(stubborn, seconds=2.0, name="stubborn"),
+        python(polite, seconds=4.0, name="polite"),
+        python(stubborn, seconds=4.0, name="stubborn"),
         python("print('still here')", name="next"),
     )
     assert time.monotonic() - start < 30

@@ -14,7 +14,7 @@ def test_floors_are_where_the_ranges_begin() -> None:
         "triton>=3.6; sys_platform == 'never'",
     ]
     assert floors(requirements) == ["torch==2.10.*", "safetensors==0.4.5.*", "pytest==8.0.*"]
-    assert {"torch==2.10.*", "pytest==8.0.*"} <= set(floors(requirements_of(REPOSITORY)))
+    assert {"torch==2.10.*", "pillow==10.1.*", "pytest==8.0.*"} <= set(floors(requirements_of(REPOSITORY)))
 
 
 def test_copy_holds_what_git_tracks(tmp_path: Path) -> None:
