@@ -10,7 +10,7 @@
 
 namespace m4k {
 
-// Joints of a tile: with 256 threads four loads a thread wait together. Registers (38 a thread on sm_90 for float32,
+// Joints of a tile: with 256 threads four loads a thread wait together. Registers (40 a thread on sm_90 for float32,
 // nvcc 13.0) let six blocks share a multiprocessor, which then has 55 KB of coordinates under way; 4.8 TB/s for 0.8 us
 // over the 132 of an H200 asks for 29 KB. Shared memory (12 KB a block) would allow eight even of the 100 KB of sm_120.
 inline constexpr int kTileJoints = 1024;
