@@ -65,7 +65,8 @@ def run_stage(stage: Stage, log_dir: Path) -> Outcome:
     """Run a stage; its output is shown as it comes and written to `<log_dir>/<name>.log`."""
     print(f"\n=== {stage.name} (at most {stage.seconds:.0f} s): {shlex.join(stage.command)}", flush=True)
     start = time.monotonic()
-    # A process group of its own, so that an interruption reaches its children and not us.
+    # A process group of its own, so that an interruption reaches its children and not us. It can be interrupted though
+    # the session may run in a shell's background, whose processes begin with SIGINT ignored.
     process = subprocess.Popen(
         stage.command,
         cwd=ROOT,
@@ -76,6 +77,7 @@ def run_stage(stage: Stage, log_dir: Path) -> Outcome:
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     tail: deque[str] = deque(maxlen=TAIL)
 
