@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks import gpu_step
-from benchmarks.device import ON_GPU
+from benchmarks.device import ON_GPU, Unavailable
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4.batches.train import MicroBatch, StepBatches
@@ -20,6 +20,7 @@ from m4.training.adamw import AdamW
 from m4.training.trainer import Stores, Trainer
 from m4kernels import MaskedBatch, PackedTokens, Segments
 from m4kernels.cases import M4_INPUT_MEANS, M4_MAX_SEQ_LENS, M4_TARGET_MEANS, random_packed
+from m4kernels.processor import slow_bf16
 
 VOCABULARY = (65536,) * 4
 BF16 = ("auto, bf16", "reference, bf16")
@@ -64,6 +65,8 @@ def trainer() -> Trainer:
 
 def step(kernels: str, dtype: str = "fp32") -> Callable[[MaskedBatch], Run]:
     def prepare(batch: MaskedBatch) -> Run:
+        if dtype == "bf16" and (why := slow_bf16()) is not None:
+            raise Unavailable(f"bf16 is slow here: {why}")
         one = trainer()
         config = replace(one.model.config, kernels=kernels)
 
