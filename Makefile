@@ -52,11 +52,13 @@ demo learn: setup
 	$(PY) -m m4.generate --run $(call quoted,runs/$(run_name)) --out $(call quoted,runs/$(run_name)/prediction.png)
 
 # Most tests keep one core busy: two groups that nothing disturbs, and that disturb nothing, run beside the others.
+# Ctrl-C ends them, too, which a shell keeps from what it runs in the background.
 BESIDE := tests/test_notebooks.py tests/test_documentation.py
 test: setup lint types
 	@mkdir -p build
 	@echo "beside these tests: make other-sums, then $(BESIDE); what they say comes at the end"
-	@{ $(MAKE) --no-print-directory other-sums && $(PY) -m pytest -q $(BESIDE); } > build/beside.log 2>&1 & beside=$$!; \
+	@trap 'trap - TERM; kill 0; exit 130' INT TERM; \
+	{ $(MAKE) --no-print-directory other-sums && $(PY) -m pytest -q $(BESIDE); } > build/beside.log 2>&1 & beside=$$!; \
 	$(PY) -m pytest $(addprefix --ignore=,$(BESIDE)); status=$$?; \
 	wait $$beside || status=1; cat build/beside.log; exit $$status
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 from nbclient import NotebookClient
@@ -51,16 +52,8 @@ def run_notebook(name: str, root: Path) -> NotebookNode:
         record_timing=False,
         coalesce_streams=True,
     )
-    before = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
-    try:
+    with mock.patch.dict(os.environ, environment):
         client.execute()
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
     return _without_places(notebook, root)
 
 

@@ -25,11 +25,11 @@ def make_sample_set(root: Path, videos: int) -> Path:
 
 
 def _standard_error() -> int:
-    """Where a process may write to; in some notebooks standard error is no file."""
+    """Where a process may write to; in some notebooks sys.stderr is no file, and it is what the kernel started with."""
     try:
         return sys.stderr.fileno()
     except OSError:
-        return subprocess.DEVNULL
+        return 2
 
 
 def sample_command(root: Path, videos: int) -> str:

@@ -56,8 +56,8 @@ COPYING, CROSS, SELF = (24.0, 16.0), (8.0, 8.0), (6.0, 6.0)
 OFFSETS = (NUM_JOINTS, -NUM_JOINTS, 1, -1, IMAGE_GRID, -IMAGE_GRID, 2 * NUM_JOINTS, -2 * NUM_JOINTS)
 COPY = 2.0  # what a target adds of the visible token, in units of its normalised values
 # Logit of the id that was copied, beside ids that have nothing in common with it: bins (what their waves and what their
-# own directions give of it), and codes or visibilities. With those of bins an untrained model's next pose is within 0.1
-# nats as likely as one distribution of how far joints move can make it, on animated and on real poses.
+# own directions give of it), and codes or visibilities. Those of bins are a guess at how far joints move, of animated
+# and of real poses: within 0.15 nats a coordinate of the best that such rows can say (docs/learning.md).
 WAVES_LOGIT, OWN_LOGIT, CODE_LOGIT = 10.0, 2.0, 20.0
 
 
@@ -138,12 +138,12 @@ def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
 
 @dataclass(frozen=True)
 class Space:
-    """The dimensions of the model in parts at right angles, each an orthonormal basis (·, D).
+    """The dimensions of the model in parts at right angles, each but the table an orthonormal basis (·, D).
 
     table: (P, D) the position embeddings. positions: what they span (all but 1e-5 of it), and the mean, which norms
-    take away. kinds: a
-    direction for each kind of modality (image, joints, and each that is neither). own: one for each modality. tokens:
-    the rest, for what a token is. A model too small for that has kinds and own directions among those of tokens.
+    take away. kinds: a direction for each kind of modality (image, joints, and each that is neither). own: one for each
+    modality. tokens: the rest, for what a token is. A model too small for that has kinds and own directions among those
+    of tokens.
     """
 
     table: Tensor

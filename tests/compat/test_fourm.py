@@ -9,82 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from m4.compat import FourM, SimpleMultimodalMasking
-from m4.compat.roar import Draw, draw
+from m4.compat import FourM
 from m4.model import M4, ModelConfig
 from m4kernels import MaskedBatch
+from tests.compat.both_forms import LENGTHS, NAMES, READ_KEYS, SHAPE, SIZES, assert_same, batch, both, masking
 from tests.compat.padded_form import PaddedFourM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NAMES = ["tok_rgb", "coords", "tok_rgb_next", "coords_next"]
-LENGTHS = [16, 9, 16, 9]
-SIZES = [61, 40, 61, 40]
-SHAPE = {"dim": 32, "enc_depth": 2, "dec_depth": 2, "head_dim": 8}
-READ_KEYS = {
-    f"{side}_{field}_read_key": f"{side}_{field}"
-    for side in ("enc", "dec")
-    for field in ("tokens", "modalities", "positions", "pad_mask")
-}
-
-
-def masking(**changes: Any) -> SimpleMultimodalMasking:
-    arguments = {
-        "modalities": NAMES,
-        "vocab_sizes": SIZES,
-        "max_seq_lens": LENGTHS,
-        "input_alphas": [1.5, 1.5, 0.5, 0.5],
-        "target_alphas": [0.5, 0.5, 1.5, 1.5],
-        "input_tokens_range": [8, 24],
-        "target_tokens_range": [6, 20],
-    }
-    return SimpleMultimodalMasking(**(arguments | changes))
-
-
-def sample(generator: torch.Generator) -> dict[str, Tensor]:
-    return {
-        name: torch.randint(size, (length,), generator=generator)
-        for name, size, length in zip(NAMES, SIZES, LENGTHS, strict=True)
-    }
-
-
-def batch(seed: int = 0, samples: int = 6) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    ids = range(samples * seed, samples * (seed + 1))
-    return masking().collate([sample(g) for _ in range(samples)], sample_ids=ids)
-
-
-def both(seed: int = 0, **changes: Any) -> tuple[FourM, PaddedFourM]:
-    """Ours and the padded form with the same weights, the output layer's random too."""
-    torch.manual_seed(seed)
-    ours = FourM(**READ_KEYS, modalities=NAMES, vocab_sizes=SIZES, max_seq_lens=LENGTHS, **SHAPE, **changes)
-    with torch.no_grad():
-        ours.to_logits.weight.normal_(std=0.3)
-        for name, parameter in ours.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.0 if "to_logits" in name else 0.05))
-    average = changes.get("per_modality_loss_avg", True)
-    padded = PaddedFourM(NAMES, SIZES, LENGTHS, **SHAPE, per_modality_loss_avg=average)
-    padded.load_state_dict(ours.state_dict())  # strict: names, shapes and buffers are the same
-    return ours, padded
-
-
-def assert_same(ours: FourM, padded: PaddedFourM, b: dict[str, Tensor]) -> None:
-    """Losses, metrics and gradients, against the padded form in float64."""
-    truth = PaddedFourM(NAMES, SIZES, LENGTHS, **SHAPE, per_modality_loss_avg=padded.per_modality_loss_avg).double()
-    truth.load_state_dict(padded.state_dict())
-    loss, metrics = ours(b)
-    loss.backward()
-    true_loss, true_metrics = truth(b)
-    true_loss.backward()
-    assert loss.shape == ()
-    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-7)
-    assert list(metrics) == list(true_metrics)
-    for name, value in metrics.items():
-        torch.testing.assert_close(value.double(), true_metrics[name].detach(), rtol=1e-5, atol=1e-7)
-        assert not value.requires_grad
-    for (name, ours_p), true_p in zip(ours.named_parameters(), truth.parameters(), strict=True):
-        error = (ours_p.grad.double() - true_p.grad).norm() / true_p.grad.norm().clamp_min(1e-12)
-        assert error < 1e-4, f"{name}: relative gradient error {error:.2e}"
 
 
 def test_names_and_shapes_are_those_of_nano4m() -> None:
@@ -303,89 +234,6 @@ def test_attention_patterns_are_those_of_m4() -> None:
     assert both()[0](b)[0].item() != pytest.approx(expected.item(), rel=1e-6)
 
 
-# Generation -----------------------------------------------------------------------------------------------------------
-
-
-def given(samples: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and modalities of the whole tok_rgb."""
-    tokens = torch.randint(61, (samples, 16), generator=torch.Generator().manual_seed(3))
-    return tokens, torch.arange(16).expand(samples, -1), torch.zeros_like(tokens)
-
-
-def test_one_modality_after_the_other() -> None:
-    """The chain of nano4M's notebooks: what was generated is given to the next."""
-    ours, _ = both()
-    known = given()
-    for target, steps in (("coords_next", 4), ("coords", 9), ("tok_rgb_next", 1)):
-        kind, before = NAMES.index(target), known[0].shape[1]
-        tokens, *known = ours.generate_one_modality_roar(*known, target_mod=target, num_steps=steps, temp=2.0)
-        assert tokens.shape == (1, LENGTHS[kind])
-        assert bool((tokens < SIZES[kind]).all() & (tokens >= 0).all())  # the shared vocabulary is larger
-        assert known[0].shape == (1, before + LENGTHS[kind])
-        chosen = known[2] == kind
-        order = known[1][chosen].argsort()
-        assert torch.equal(known[1][chosen][order], torch.arange(LENGTHS[kind]))
-        assert torch.equal(known[0][chosen][order], tokens[0])
-    assert torch.equal(known[0][:, :16], given()[0])
-
-
-def test_each_step_takes_what_the_model_says() -> None:
-    """At temperature 0, all steps but one replayed by the padded form: its likeliest ids are those drawn."""
-    ours, padded = both()
-    schedule = ours.get_unmasking_schedule(16, 5)
-    assert schedule == [3, 3, 3, 3, 4]
-    _, *known = ours.generate_one_modality_roar(*given(), target_mod="tok_rgb_next", num_steps=5, temp=0.0)
-    end = 16
-    for count in schedule:
-        seen, new = slice(0, end), slice(end, end + count)
-        b = {"enc_tokens": known[0][:, seen], "enc_positions": known[1][:, seen], "enc_modalities": known[2][:, seen]}
-        b |= {"dec_positions": known[1][:, new], "dec_modalities": known[2][:, new]}
-        assert torch.equal(padded.logits(b).argmax(-1), known[0][:, new])
-        end += count
-
-
-def test_seed_decides_and_samples_differ() -> None:
-    ours, _ = both()
-
-    def generated(seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        return ours.generate_one_modality_roar(*given(3), "coords", num_steps=3, temp=1.5)[0]
-
-    first = generated(0)
-    assert first.shape == (3, 9)
-    assert torch.equal(first, generated(0))
-    assert not torch.equal(first, generated(1))
-    assert ours.to_logits.weight.grad is None
-
-
-@pytest.mark.parametrize(
-    ("rule", "kept"),
-    [
-        (Draw(1.0), [0, 1, 2, 3, 4]),
-        (Draw(1.0, top_k=2), [3, 1]),
-        (Draw(1.0, top_k=0.6), [3, 1, 0]),
-        (Draw(1.0, top_k=1.0), [0, 1, 2, 3, 4]),
-        (Draw(1.0, top_p=0.45), [3, 1]),
-        (Draw(1.0, top_p=0.35), [3]),
-        (Draw(1.0, top_p=1.0), [0, 1, 2, 3, 4]),
-        (Draw(2.0, top_p=0.45), [3, 1]),  # the share is that at temperature 1
-        (Draw(1.0, top_p=0.45, top_k=1), [3]),
-        (Draw(0.0), [3]),
-        (Draw(0.0, top_k=3), [3]),
-    ],
-)
-def test_draws(rule: Draw, kept: list[int]) -> None:
-    p = torch.tensor([0.15, 0.25, 0.1, 0.4, 0.1], dtype=torch.float64)
-    torch.manual_seed(0)
-    drawn = draw(p.log().float().expand(20000, -1), rule).bincount(minlength=5).double()
-    assert sorted(kept) == drawn.nonzero().flatten().tolist()
-    q = torch.zeros_like(p)
-    q[kept] = p[kept] ** (1 / rule.temp if rule.temp else 1)
-    q /= q.sum()
-    deviation = (20000 * q * (1 - q)).sqrt()
-    assert bool(((drawn - 20000 * q).abs() <= 5 * deviation).all())  # once in a million
-
-
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -473,35 +321,6 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], said: str) -> None:
 def test_unknown_arguments_are_not_passed_over() -> None:
     with pytest.raises(TypeError, match="share_embeddings"):
         FourM(modalities=NAMES, vocab_sizes=SIZES, max_seq_lens=LENGTHS, **SHAPE, share_embeddings=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"target_mod": "depth"}, "target_mod: expected one of tok_rgb, .*got 'depth'"),
-        ({"target_mod": "tok_rgb"}, "enc_input_modalities: tokens of tok_rgb, which is to be generated, are among"),
-        ({"num_steps": 0}, "num_steps: expected 1 to 9, the number of tokens, got 0"),
-        ({"num_steps": 10}, "num_steps: expected 1 to 9"),
-        ({"temp": -1.0}, "temp: expected a number of at least 0, got -1.0"),
-        ({"temp": math.nan}, "temp: expected a number"),
-        ({"temp": math.inf}, "temp: expected a finite number"),
-        ({"top_p": 1.5}, "top_p: expected a number of at least 0 and at most 1, got 1.5"),
-        ({"top_k": 2.5}, "top_k: expected an integer, or a fraction of at most 1, got 2.5"),
-        ({"enc_input_tokens": torch.full((1, 16), 61)}, "enc_input_tokens: expected 0 to 60"),
-        ({"enc_input_positions": torch.zeros(1, 3)}, "enc_input_positions: expected an integer tensor"),
-    ],
-)
-def test_generation_that_does_not_fit(changes: dict[str, Any], said: str) -> None:
-    ours, _ = both()
-    tokens, positions, modalities = given()
-    arguments: dict[str, Any] = {
-        "enc_input_tokens": tokens,
-        "enc_input_positions": positions,
-        "enc_input_modalities": modalities,
-        "target_mod": "coords",
-    }
-    with pytest.raises(ValueError, match=said):
-        ours.generate_one_modality_roar(**(arguments | changes))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from m4.compat import FourM, SimpleMultimodalMasking, create_multimodal_masked_dataloader
 from m4kernels import mask_tokens
-from tests.compat.test_fourm import LENGTHS, NAMES, SIZES, batch, masking, sample
+from tests.compat.both_forms import LENGTHS, NAMES, SIZES, batch, masking, sample
 from tests.runs import MODALITIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
