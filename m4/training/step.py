@@ -26,7 +26,7 @@ from m4.training.ema import AveragedWeights
 from m4.training.exchange import Exchange
 from m4.training.graphs import Function, Recorder
 from m4.training.guard import Guard, NotFinite
-from m4.training.optimizer import MuonAndAdamW, set_learning_rate
+from m4.training.optimizer import MuonAndAdamW, keep_rates_on, set_learning_rate
 from m4kernels import MaskedBatch
 from m4kernels.ops.linear import copies
 from m4kernels.processor import slow_bf16
@@ -173,9 +173,7 @@ class TrainStep:
         self._launched = 0  # steps that the device was given since the last `read`
         optimizer.found_inf = self._guard.found_inf
         if execution.asynchronous:  # the rate, too, is read on the device
-            for group in optimizer.param_groups:
-                if not group.get("lr_on_host"):
-                    group["lr"] = torch.zeros((), device=device)
+            keep_rates_on(optimizer, device)
 
     def record(self, batches: Sequence[MaskedBatch], recorder: Recorder) -> None:
         """Record the step for micro-batches of the shapes of each batch; parameters and moments stay as they are.
