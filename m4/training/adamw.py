@@ -23,8 +23,8 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW with the same state, groups and formula, which also clips.
 
     On a CPU all parameters are updated in one pass of `m4kernels.adamw_step`, whose bits do not depend on the number of
-    threads. On a GPU, for parameters that are divided over ranks, and for ``kernels: reference``, gradients are scaled
-    first and torch does the rest.
+    threads. On a GPU and for ``kernels: reference`` it is torch's pass, which takes the factor as a divisor; gradients
+    of parameters that are divided over ranks are scaled first.
 
     AdamW updates every element by itself. So a group may have a rate of its own, "bins_lr", for the first rows of its
     matrices, as many as "bins" says: they are updated as a parameter apart, in views, and the state has one entry.
@@ -39,6 +39,7 @@ class AdamW(torch.optim.AdamW):
         self.grad_factor: Tensor | None = None  # () float32, of all gradients in `step`; None for 1
         self.found_inf: Tensor | None = None  # () float32, 1 where the step must not update
         self.in_one_pass = config.kernels == "auto"  # where it can
+        self._divisor: Tensor | None = None  # () float32, of the gradients in torch's pass; None for 1
         # Rows of a rate of their own, of what this rank has.
         self._bins = {p: rows_below(group["bins"], p) for group in groups if "bins" in group for p in group["params"]}
 
@@ -48,8 +49,13 @@ class AdamW(torch.optim.AdamW):
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         parameters = [p for _, some in groups for p in some]
         in_one_pass = self.in_one_pass and all(type(p) is torch.nn.Parameter and p.is_cpu for p in parameters)
-        if not in_one_pass:
-            scale_gradients(parameters, self.grad_factor)
+        # torch's fused kernel divides gradients as it reads them.
+        self._divisor = None
+        if not in_one_pass and self.grad_factor is not None:
+            if all(type(p.grad) is Tensor for p in parameters):
+                self._divisor = self.grad_factor.reciprocal()
+            else:
+                scale_gradients(parameters, self.grad_factor)
         for group, some in groups:
             for rate, tensors in self._parts(group, some):
                 (self._step_in_one_pass if in_one_pass else self._step_of_torch)(group, rate, tensors)
@@ -77,6 +83,7 @@ class AdamW(torch.optim.AdamW):
             steps,
             fused=True,
             capturable=group["capturable"],
+            grad_scale=self._divisor,
             found_inf=self.found_inf,
             amsgrad=False,
             beta1=group["betas"][0],
