@@ -11,7 +11,8 @@ from m4kernels.ops.layer_norm import triton_kernels as kernels
 from m4kernels.ops.layer_norm.arguments import Gradients, NormArguments, Wanted
 
 MAX_DIM = 8192
-COLUMNS_OF_A_WARP = 1024  # at most: 32 numbers a thread of each tensor, which fit in its registers
+# A row of at most so many columns is one warp's, 24 numbers a thread of each tensor; a wider one has a warp for 512.
+COLUMNS_OF_ONE_WARP, COLUMNS_OF_A_WARP = 768, 512
 # Rows of a program of the forward pass, which share one read of weight.
 ROWS = 4
 # Warps of the backward pass at most: each adds up its rows' shares of d weight, so fewer of them leave less to add up
@@ -96,7 +97,7 @@ def launch_of(dim: int) -> dict[str, Any]:
     """Launch options of the kernels over rows."""
     head = 1 << (dim.bit_length() - 1)
     tail = triton.next_power_of_2(dim - head) if dim > head else 0
-    warps = max(1, triton.next_power_of_2(dim) // COLUMNS_OF_A_WARP)
+    warps = 1 if head + tail <= COLUMNS_OF_ONE_WARP else triton.next_power_of_2(dim) // COLUMNS_OF_A_WARP
     return {"DIM": dim, "HEAD": head, "TAIL": tail, "num_warps": warps}
 
 

@@ -1,7 +1,7 @@
 """Triton kernels of layer_norm: a row at a time in registers, read once and written once.
 
 A row is two blocks, its largest power of two of columns (HEAD) and the rest (TAIL columns, masked; 0 for none), so that
-little is loaded in vain: 640 columns are 512 + 128. Up to 1,024 columns a program is one warp, whose sums need no
+little is loaded in vain: 640 columns are 512 + 128. Up to 768 columns a program is one warp, whose sums need no
 barrier. All arithmetic is in float32.
 """
 
