@@ -39,7 +39,7 @@ def aot_cases() -> list[AotCase]:
         cases.append(AotCase(name, kernel, signature, constexprs, warps, **gates))
 
     wide = "*fp32:16"
-    kept = {"weight": wide, "mean": wide, "rstd": wide, "tokens": "i32"}
+    kept: dict[str, str | None] = {"weight": wide, "mean": wide, "rstd": wide, "tokens": "i32"}
     for dtype, dim, added, out in LAUNCHES:
         name = f"{dtype} {dim}{' added' if added else ''}{'' if out == dtype else f' to {out}'}"
         update, total, normed = f"*{dtype}:16" if added else None, wide if added else None, f"*{out}:16"
