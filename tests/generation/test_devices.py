@@ -80,7 +80,13 @@ def test_generation(model, settings, device):
 @cuda
 def test_roll_out(model, device):
     tokens = torch.randint(0, 20, (2, 16), generator=torch.Generator().manual_seed(1)).to(device)
-    moments = roll_out(model.to(device), tokens, 3, given=REFERENCE, wanted=list(NEXT), decoding=Decoding(steps=2))
+    options = {
+        "id_limits": torch.full((16,), 20, device=device),
+        "ordinal": torch.zeros(16, dtype=torch.bool, device=device),
+        "decoding": Decoding(steps=2, temperature=1.0),
+        "sample_ids": torch.tensor([5, 9]),
+    }
+    moments = roll_out(model.to(device), tokens, 3, given=REFERENCE, wanted=list(NEXT), **options)
     assert len(moments) == 3
     assert all(moment.shape == tokens.shape for moment in moments)
 

@@ -93,7 +93,19 @@ def assert_right(backend: str, c: Case) -> None:
         if value.dtype == torch.float64:
             torch.testing.assert_close(value, truth[name], rtol=1e-11, atol=1e-11)
             continue
-        assert_within_error_budget(value, baseline[name], truth[name], what=name)
+        further = unrounded_products(c) if name in ("d x", "d update") else 0.0
+        assert_within_error_budget(value, baseline[name], truth[name], further=further, what=name)
+
+
+def unrounded_products(c: Case) -> Tensor | float:
+    """What a gradient may err by where grad · weight is rounded in a sum but not where it is subtracted from that, as
+    fused multiply-adds do: a rounding of the product, and of the sums, times 1 / standard deviation. It shows where a
+    row has one number, whose gradient is 0 and whose standard deviation is but the root of eps."""
+    if not len(c.x):
+        return 0.0
+    total = (c.x if c.update is None else c.x + c.update).double()
+    rstd = (total.var(1, unbiased=False, keepdim=True) + EPS).rsqrt()
+    return (2 * torch.finfo(FP32).eps * rstd * (c.grad * c.weight).double().abs().amax(1, keepdim=True)).expand_as(c.x)
 
 
 # No rows; rows of one number, whose variance is 0; a power of two, little more, little less; M4-tiny's and M4's width.
@@ -182,6 +194,9 @@ def test_any_strides(target: Target) -> None:
         found = ours(backend)(*leaves, BF16)
         torch.autograd.backward(list(found), [grad, grad_total])
         for value, (name, wanted) in zip((*found, *(t.grad for t in leaves)), expected.items(), strict=True):
+            if target == ("reference", "cuda"):  # PyTorch's kernels for rows at multiples of 16 bytes add otherwise
+                torch.testing.assert_close(value, wanted, rtol=2 * torch.finfo(value.dtype).eps, atol=1e-5)
+                continue
             assert torch.equal(value, wanted), name
     x = c.x.clone().requires_grad_()
     layer_norm(x, c.weight, eps=EPS, backend=backend).sum().backward()  # a gradient of strides 0
