@@ -31,14 +31,17 @@ def aot_cases() -> list[AotCase]:
 def _aot_case(name: str, launch: Launch, dtype: str, head_dim: int, *, masked: bool = True, group: int = 1) -> AotCase:
     """One launch, specialised as for views into a fused projection of M4: everything aligned, whatever the total."""
     kernel = getattr(kernels, f"{name}_kernel")
-    options = launch_options(launch, group, 4, head_dim)
+    options = launch_options(launch, group, 4, head_dim, masked=masked)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    compiler = {"maxnreg": options.pop("maxnreg")} if "maxnreg" in options else {}
     constants: dict[str, Any] = options if masked else options | {"allow": None}
     types = {name: _aot_type(name, dtype, head_dim) for name in kernel.arg_names if name not in constants}
     title = f"{name} {dtype} head_dim {head_dim}{'' if masked else ', no allow'}"
     if group != 1:
         title += f", {group} heads a group"
-    return AotCase(title, kernel, types, constants, warps, stages)
+    # Rows begin at multiples of 16 bytes where 16 divides head_dim; of lse_delta at multiples of 8.
+    copies = 0 if head_dim % 16 else 8 if name == "grad_kv" else 16
+    return AotCase(title, kernel, types, constants, warps, stages, compiler, async_bytes=copies)
 
 
 def _aot_type(argument: str, dtype: str, head_dim: int) -> str:
@@ -47,5 +50,5 @@ def _aot_type(argument: str, dtype: str, head_dim: int) -> str:
     if argument.endswith(("cu_seqlens", "counts")):
         return "*i32:16"
     integers = ("total", "q_total", "samples", "heads", "tiles")
-    types = {"allow": "*i1:16", "scale": "fp32", "lse": "*fp32:16", "delta": "*fp32:16"}
+    types = {"allow": "*i1:16", "scale": "fp32", "lse": "*fp32:16", "lse_delta": "*i64:16"}
     return (types | dict.fromkeys(integers, "i32")).get(argument, f"*{dtype}:16")
