@@ -90,12 +90,7 @@ class AotResult:
 
 # Ceilings of registers that some versions of Triton need, where no launch is good with all of them. By (op, case,
 # architecture): (the first such version, the ceiling, with its reason).
-VERSION_CEILINGS = {
-    # 3.8 takes 164, so that an A100's multiprocessor holds one block of 8 warps instead of two; 3.6 and 3.7 take 128.
-    # Told the ceiling, 3.8 spills 240 bytes; in tiles of 16 x 32 or 32 x 16 it spills on one architecture or another;
-    # 16 x 16 keeps within 100 everywhere, but at one score a thread each number that is loaded serves half as often.
-    ("cross_modal_attention", "grad_kv fp32 head_dim 128", 80): ((3, 8), 168),
-}
+VERSION_CEILINGS: dict[tuple[str, str, int], tuple[tuple[int, int], int]] = {}
 
 HEADER = ("op", "case", "arch", "warps x stages", "registers", "of", "stack B", "shared B", "verdict")
 
