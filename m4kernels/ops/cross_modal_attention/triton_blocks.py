@@ -64,6 +64,12 @@ def at(
 
 
 @triton.jit
+def rows_on(p_x, i_row, stride):
+    """Address i_row rows on, by a 64-bit offset."""
+    return p_x + i_row.to(tl.int64) * stride
+
+
+@triton.jit
 def _mask(rows, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """(BLOCK, BLOCK_D), or (BLOCK, 1) where the head fills its block: the first `rows` rows of HEAD_DIM numbers."""
     m_x = (tl.arange(0, BLOCK) < rows)[:, None]

@@ -27,6 +27,7 @@ from m4kernels.ops.cross_modal_attention.triton_blocks import (
     of_tokens,
     pack_rows,
     place,
+    rows_on,
     spans,
     store,
     tile_at,
@@ -106,8 +107,8 @@ def forward_kernel(
         i_key = i_step
         if allow is not None:
             i_key = tile_at(b_step, b_skip, i_step)
-        p_k = p_keys + i_key.to(tl.int64) * stride_k
-        p_v = p_values + i_key.to(tl.int64) * stride_v
+        p_k = rows_on(p_keys, i_key, stride_k)
+        p_v = rows_on(p_values, i_key, stride_v)
         b_k = load(p_k, stride_k, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
         if q.dtype.element_ty == tl.float32:  # see the head of this file
             b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
@@ -214,8 +215,8 @@ def grad_q_kernel(
         i_key = i_step
         if allow is not None:
             i_key = tile_at(b_step, b_skip, i_step)
-        p_k = p_keys + i_key.to(tl.int64) * stride_k
-        p_v = p_values + i_key.to(tl.int64) * stride_v
+        p_k = rows_on(p_keys, i_key, stride_k)
+        p_v = rows_on(p_values, i_key, stride_v)
         b_k = load(p_k, stride_k, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
         b_v = load(p_v, stride_v, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
         if q.dtype.element_ty == tl.float32:
@@ -309,8 +310,8 @@ def grad_kv_kernel(
             i_query = i_step
             if allow is not None:
                 i_query = tile_at(b_step, b_skip, i_step)
-            p_q = p_queries + i_query.to(tl.int64) * stride_q
-            p_g = p_grads + i_query.to(tl.int64) * stride_grad_out
+            p_q = rows_on(p_queries, i_query, stride_q)
+            p_g = rows_on(p_grads, i_query, stride_grad_out)
             b_q = load(p_q, stride_q, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
             b_g = load(p_g, stride_grad_out, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
             b_row = tl.load(p_row + i_query + o_query, mask=o_query < queries - i_query, other=0)
