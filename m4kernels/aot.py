@@ -3,7 +3,7 @@
 Every op with a Triton backend has a module `m4kernels.ops.<op>.aot` with a function `aot_cases() -> Sequence[AotCase]`:
 the launches it makes. Each is compiled for sm_80, sm_90 and sm_100; the table shows registers, stack and shared memory
 of each, and the exit status is 1 where one spills, needs more shared memory than the architecture has, passes its
-ceiling of registers, or accesses global memory in narrower pieces than it claims.
+ceiling of registers, or accesses global memory, or copies it asynchronously, in narrower pieces than it claims.
 """
 
 import argparse
@@ -48,6 +48,8 @@ class AotCase:
         max_stack_bytes: ceiling of the stack a thread, where spilled registers go.
         wide_bytes: how many bytes a thread reads or writes at once where the kernel claims it; 0 for no claim.
         narrow_accesses: accesses of global memory below `wide_bytes` that it may have all the same, for its scalars.
+        async_bytes: how many bytes at least each asynchronous copy to shared memory moves where the kernel claims that
+            its loop loads by such copies, so that there are some; 0 for no claim.
         architectures: compute capabilities to compile for, such as 90 for sm_90.
     """
 
@@ -63,6 +65,7 @@ class AotCase:
     max_stack_bytes: int = 0
     wide_bytes: int = 0
     narrow_accesses: int = 0
+    async_bytes: int = 0
     architectures: tuple[int, ...] = ARCHITECTURES
 
 
@@ -87,12 +90,7 @@ class AotResult:
 
 # Ceilings of registers that some versions of Triton need, where no launch is good with all of them. By (op, case,
 # architecture): (the first such version, the ceiling, with its reason).
-VERSION_CEILINGS = {
-    # 3.8 takes 164, so that an A100's multiprocessor holds one block of 8 warps instead of two; 3.6 and 3.7 take 128.
-    # Told the ceiling, 3.8 spills 240 bytes; in tiles of 16 x 32 or 32 x 16 it spills on one architecture or another;
-    # 16 x 16 keeps within 100 everywhere, but at one score a thread each number that is loaded serves half as often.
-    ("cross_modal_attention", "grad_kv fp32 head_dim 128", 80): ((3, 8), 168),
-}
+VERSION_CEILINGS: dict[tuple[str, str, int], tuple[tuple[int, int], int]] = {}
 
 HEADER = ("op", "case", "arch", "warps x stages", "registers", "of", "stack B", "shared B", "verdict")
 
@@ -120,7 +118,7 @@ def compile_case(op: str, case: AotCase, architecture: int) -> AotResult:
     """Compile one case for one architecture; a compiler error is a breach too."""
     case = _for_this_version(op, case, architecture)
     try:
-        registers, stack, shared, widths = _compile(case, architecture)
+        registers, stack, shared, ptx = _compile(case, architecture)
     except Exception as error:  # any error of the compiler is this row's verdict; the other rows still count
         return AotResult(op, case, architecture, breaches=(f"does not compile: {type(error).__name__}: {error}",))
     limits = (
@@ -129,12 +127,17 @@ def compile_case(op: str, case: AotCase, architecture: int) -> AotResult:
         ("bytes of shared memory", shared, min(case.max_shared_bytes, SHARED_LIMIT[architecture])),
     )
     breaches = tuple(f"{value} {what}, at most {limit} allowed" for what, value, limit in limits if value > limit)
+    widths, copies = _access_widths(ptx), _copy_widths(ptx)
     narrow = [width for width in widths if width < case.wide_bytes]
     if len(narrow) > case.narrow_accesses or (case.wide_bytes and len(narrow) == len(widths)):
         breaches += (
             f"{len(narrow)} of {len(widths)} accesses of global memory are below {case.wide_bytes} bytes, at most "
             f"{case.narrow_accesses} allowed",
         )
+    if case.async_bytes and not copies:
+        breaches += ("no asynchronous copies: the compiler did not overlap the loop's loads with its work",)
+    if narrow := [width for width in copies if width < case.async_bytes]:
+        breaches += (f"{len(narrow)} of {len(copies)} asynchronous copies are below {case.async_bytes} bytes",)
     return AotResult(op, case, architecture, registers, stack, shared, breaches)
 
 
@@ -147,9 +150,8 @@ def _for_this_version(op: str, case: AotCase, architecture: int) -> AotCase:
     return replace(case, max_registers=ceiling) if since is not None and version >= since else case
 
 
-def _compile(case: AotCase, architecture: int) -> tuple[int, int, int, list[int]]:
-    """(registers a thread, bytes of stack a thread, bytes of shared memory a block, bytes of each access of global
-    memory)."""
+def _compile(case: AotCase, architecture: int) -> tuple[int, int, int, str]:
+    """(registers a thread, bytes of stack a thread, bytes of shared memory a block, PTX)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -168,13 +170,19 @@ def _compile(case: AotCase, architecture: int) -> tuple[int, int, int, list[int]
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     registers, stack = _resource_usage(compiled.asm["cubin"])
-    return registers, stack, compiled.metadata.shared, _access_widths(compiled.asm["ptx"])
+    return registers, stack, compiled.metadata.shared, compiled.asm["ptx"]
 
 
 def _access_widths(ptx: str) -> list[int]:
     """Bytes of every load and store of global memory, such as 16 of `ld.global.v4.b32`."""
     found = re.findall(r"\b(?:ld|st)\.global(?:\.[\w:]+)*?(?:\.v([248]))?\.[bfsu](8|16|32|64|128)\b", ptx)
     return [int(count or 1) * int(bits) // 8 for count, bits in found]
+
+
+def _copy_widths(ptx: str) -> list[int]:
+    """Bytes of every asynchronous copy from global to shared memory."""
+    copies = r"\bcp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)"
+    return [int(width, 0) for width in re.findall(copies, ptx)]
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -89,6 +89,25 @@ def test_skipped_tiles_are_not_read(kernel: Kernel) -> None:
         assert x[64:].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_tiles_between_allowed_ones_are_not_read(kernel: Kernel) -> None:
+    """The first and the last modality see each other alone; whole tiles between hold NaN, in queries and keys alike."""
+    counts = torch.tensor([[40, 0, 200, 0, 40]])
+    tensors, q_seg, k_seg = case(counts, heads=(1, 1), dim=8, device=kernel.device)
+    allow = torch.tensor([[m in (0, 1, 4) for m in range(5)]] * 5)
+    allow[2] = False
+    allow[:, 2] = False
+    allow = allow.to(kernel.device)
+    expected = run(cross_modal_attention, tensors, q_seg, k_seg, allow=allow, backend="triton")
+    poisoned = [x.clone() for x in tensors]
+    for x in poisoned:
+        x[64:192] = torch.nan
+    actual = run(cross_modal_attention, poisoned, q_seg, k_seg, allow=allow, backend="triton")
+    check(kernel, tensors, q_seg, k_seg, allow, None)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(torch.cat((a[:40], a[240:])), torch.cat((b[:40], b[240:])))
+
+
 def test_addresses_beyond_2_to_31() -> None:
     """Rows so far apart that the later ones lie 2^31 numbers on; no memory is needed but that of the rows."""
     if torch.cuda.is_available():

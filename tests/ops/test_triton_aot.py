@@ -41,9 +41,34 @@ def centre(x, out, stride, BLOCK: tl.constexpr):
     tl.store(out + o_row, b_x - tl.sum(b_x, 0) / BLOCK)
 
 
+@triton.jit
+def total(x, out, steps, stride, BLOCK: tl.constexpr):
+    # Of products of blocks, whose loads the compiler pipelines unless a branch surrounds them.
+    o_row, o_column = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
+    b_sum = tl.zeros((32, 32), tl.float32)
+    for i in range(steps):
+        wanted = True
+        if BLOCK:
+            wanted = tl.load(out + i) > 0.0
+        if wanted:
+            b_x = tl.load(x + i * 32 * stride + o_row * stride + o_column)
+            b_sum += tl.dot(b_x, b_x)
+    tl.store(out + o_row * 32 + o_column, b_sum)
+
+
+loop = AotCase(
+    "loop",
+    total,
+    {"x": "*fp16:16", "out": "*fp32:16", "steps": "i32", "stride": "i32:16"},
+    {"BLOCK": 0},
+    async_bytes=16,
+)
 case = AotCase("within", centre, {"x": "*fp32:16", "out": "*fp32:16", "stride": "i32:16"}, {"BLOCK": 256})
 cases = {
     "within": case,
+    "async": loop,
+    "branch": replace(loop, constexprs={"BLOCK": 1}),
+    "short": replace(loop, async_bytes=32),
     "registers": replace(case, max_registers=5),
     "shared": replace(case, max_shared_bytes=0),
     "spills": replace(case, constexprs={"BLOCK": 16384}, num_warps=1),
@@ -75,10 +100,10 @@ def test_every_launch_compiles_within_its_gates(op: str) -> None:
 def test_a_breached_gate_fails(tmp_path: Path) -> None:
     file = tmp_path / "example.py"
     file.write_text(EXAMPLE)
-    done = run(str(file), "within", "wide")
+    done = run(str(file), "within", "wide", "async")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 compiled, 0 in breach" in done.stdout
-    done = run(str(file), "within", "registers", "shared", "spills", "signature", "narrow")
+    assert "9 compiled, 0 in breach" in done.stdout
+    done = run(str(file), "within", "registers", "shared", "spills", "signature", "narrow", "branch", "short")
     assert done.returncode == 1
     for name, verdict in (
         ("within", r"ok"),
@@ -86,6 +111,8 @@ def test_a_breached_gate_fails(tmp_path: Path) -> None:
         ("shared", r"\d+ bytes of shared memory, at most 0 allowed"),
         ("spills", r"\d+ bytes of stack \(spills\), at most 0 allowed"),
         ("narrow", r"4 of 5 accesses of global memory are below 16 bytes, at most 0 allowed"),
+        ("branch", r"no asynchronous copies"),
+        ("short", r"(\d+) of \1 asynchronous copies are below 32 bytes"),
         ("signature", "does not compile: ValueError: signature and constexprs name"),
     ):
         assert len(re.findall(rf"^{name} .*{verdict}", done.stdout, re.M)) == 3, done.stdout

@@ -21,12 +21,13 @@ MAX_MODALITIES = 31  # bits of an integer, see triton_blocks.py
 
 
 class Launch(NamedTuple):
-    """Tile of queries, tile of keys, and how a kernel runs on them."""
+    """Tile of queries, tile of keys, and how a kernel runs on them; at most so many registers a thread with `allow`."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 class Launches(NamedTuple):
@@ -44,15 +45,16 @@ class Launches(NamedTuple):
 # (grad_kv with head_dim 64, 228 against 168). Loops take few steps, so 2 stages do. In float32, tiles that do not spill
 # with Triton 3.6, 3.7 or 3.8 (grad_kv with head_dim 64: 32 x 32 spills with 3.6 and 3.7, 16 x 32 takes up to 154
 # registers with 3.8; 32 x 16 takes at most 110 with all).
+# With `allow` grad_kv with head_dim 64 would take up to 181 registers, one block less.
 _HALF = Launches(Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 4, 2))
 _FLOAT = Launches(Launch(32, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 32, 8, 2))
 LAUNCHES = {
     (2, 32): _HALF,
-    (2, 64): _HALF,
+    (2, 64): _HALF._replace(grad_kv=Launch(32, 64, 4, 2, max_registers=168)),
     (2, 128): Launches(Launch(64, 64, 8, 2), Launch(64, 32, 8, 2), Launch(32, 64, 8, 2)),
     (4, 32): _FLOAT,
     (4, 64): Launches(Launch(64, 32, 8, 2), Launch(32, 32, 8, 2), Launch(32, 16, 4, 2)),
-    (4, 128): _FLOAT,
+    (4, 128): _FLOAT._replace(grad_kv=Launch(16, 32, 8, 2)),
 }
 
 
@@ -99,13 +101,13 @@ def cross_modal_attention_backward(
     grad_out, q, k, v, out = (_readable(x) for x in (grad_out, *call[:3], out))
     lse = lse.contiguous()
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
+    lse_delta = torch.empty(lse.shape, dtype=torch.int64, device=lse.device)
     launches = launches_of(q)
-    both = _strided(grad_out=grad_out, q=q, k=k, v=v) | _where(call) | {"lse": lse, "delta": delta}
+    both = _strided(grad_out=grad_out, q=q, k=k, v=v) | _where(call) | {"lse_delta": lse_delta}
     with launch_on(q):
         grid, sizes = _grid(q, call.q_segments, launches.grad_q.block_q)
         kernels.grad_q_kernel[grid](
-            **both, **_strided(out=out), grad_q=grad_q, **sizes, **constants_of(call, launches.grad_q)
+            **both, **_strided(out=out), lse=lse, grad_q=grad_q, **sizes, **constants_of(call, launches.grad_q)
         )
         grid, sizes = _grid(k, call.k_segments, launches.grad_kv.block_k)
         kernels.grad_kv_kernel[grid](
@@ -162,15 +164,16 @@ def block_d(head_dim: int) -> int:
 def constants_of(call: AttentionArguments, launch: Launch) -> dict[str, int]:
     """The compile-time arguments that every kernel takes, and how it is launched."""
     group = call.q.shape[1] // call.k.shape[1]
-    return launch_options(launch, group, call.q_segments.num_modalities, call.q.shape[2])
+    masked = call.allow is not None
+    return launch_options(launch, group, call.q_segments.num_modalities, call.q.shape[2], masked=masked)
 
 
-def launch_options(launch: Launch, group: int, modalities: int, head_dim: int) -> dict[str, int]:
-    return {
+def launch_options(launch: Launch, group: int, modalities: int, head_dim: int, *, masked: bool) -> dict[str, int]:
+    ceiling = {"maxnreg": launch.max_registers} if masked and launch.max_registers is not None else {}
+    return ceiling | {
         "GROUP": group,
         "MODALITIES": modalities,
         "HEAD_DIM": head_dim,
-        "BLOCK_MODALITIES": triton.next_power_of_2(modalities),
         "BLOCK_D": block_d(head_dim),
         "BLOCK_Q": launch.block_q,
         "BLOCK_K": launch.block_k,

@@ -21,15 +21,19 @@ from m4kernels.ops.cross_modal_attention.triton_blocks import (
     at,
     dot,
     exp,
-    keys_of,
-    labels_of_keys,
     load,
     load_lse,
+    of_tile,
     of_tokens,
+    pack_rows,
     place,
-    queries_of,
+    rows_on,
     spans,
     store,
+    tile_at,
+    tiles_of,
+    unpack_rows,
+    where_attended,
     zero_tail,
 )
 
@@ -60,7 +64,6 @@ def forward_kernel(
     GROUP: tl.constexpr,
     MODALITIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_MODALITIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -83,44 +86,45 @@ def forward_kernel(
     p_q = at(q, i_start + i_query, i_head, stride_q, stride_q_head)
     b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
     if allow is not None:
-        b_start, b_end = spans(q_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
-        b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
-        b_allowed = allowed_by(allow, MODALITIES, BLOCK_MODALITIES)
-        some, lacking = queries_of(b_start, b_end, b_allowed, i_query, BLOCK_Q)
-        b_query = of_tokens(b_allowed, b_start, b_end, i_query, BLOCK_Q)
+        b_start, b_end = spans(q_counts, i_sample, MODALITIES)
+        b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES)
+        b_bits = allowed_by(allow, MODALITIES, 1, MODALITIES)
+        b_query = of_tokens(b_bits, b_start, b_end, i_query, MODALITIES, BLOCK_Q)
+        wanted = of_tile(b_bits, b_start, b_end, i_query, BLOCK_Q)
+        b_step, b_skip, steps, keys = tiles_of(b_key_start, b_key_end, wanted, MODALITIES, BLOCK_K)
+        b_key_end = tl.minimum(b_key_end, keys)
+    else:
+        steps = keys
 
     IN_LOG2: tl.constexpr = q.dtype.element_ty != tl.float32
     factor = scale * LOG2_E if IN_LOG2 else scale
     b_out = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     b_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_Q,), tl.float32)
-    for i_key in range(0, keys, BLOCK_K):
-        wanted = True
+    p_keys = at(k, i_key_start, i_head // GROUP, stride_k, stride_k_head)
+    p_values = at(v, i_key_start, i_head // GROUP, stride_v, stride_v_head)
+    for i_step in range(0, steps, BLOCK_K):
+        i_key = i_step
         if allow is not None:
-            held = keys_of(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
-            wanted = (some & held) != 0
-        if wanted:
-            i_token, i_kv_head = i_key_start + i_key, i_head // GROUP
-            p_k = at(k, i_token, i_kv_head, stride_k, stride_k_head)
-            p_v = at(v, i_token, i_kv_head, stride_v, stride_v_head)
-            b_k = load(p_k, stride_k, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
-            if q.dtype.element_ty == tl.float32:  # see the head of this file
-                b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
-            b_score = dot(b_q, tl.trans(b_k)) * factor
+            i_key = tile_at(b_step, b_skip, i_step)
+        p_k = rows_on(p_keys, i_key, stride_k)
+        p_v = rows_on(p_values, i_key, stride_v)
+        b_k = load(p_k, stride_k, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
+        if q.dtype.element_ty == tl.float32:  # see the head of this file
+            b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
+        b_score = dot(b_q, tl.trans(b_k)) * factor
+        if allow is None:
             b_score = tl.where((i_key + tl.arange(0, BLOCK_K) < keys)[None, :], b_score, float("-inf"))
-            if allow is not None:  # noqa: SIM102 (known when it is compiled, the next one is not)
-                if (lacking & held) != 0:
-                    b_key = labels_of_keys(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
-                    m_score = (b_query[:, None] & b_key[None, :]) != 0
-                    b_score = tl.where(m_score, b_score, float("-inf"))
-            b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # no -inf - -inf in a row without keys
-            b_weight = exp(b_score - b_shift[:, None], IN_LOG2)
-            b_shrink = exp(b_max - b_shift, IN_LOG2)
-            b_sum = b_sum * b_shrink + tl.sum(b_weight, 1)
-            b_max = b_new_max
-            b_v = load(p_v, stride_v, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
-            b_out = b_out * b_shrink[:, None] + dot(b_weight.to(b_v.dtype), b_v)
+        else:
+            b_score = where_attended(b_score, True, b_query, b_key_start, b_key_end, i_key, MODALITIES, BLOCK_K)
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # no -inf - -inf in a row without keys
+        b_weight = exp(b_score - b_shift[:, None], IN_LOG2)
+        b_shrink = exp(b_max - b_shift, IN_LOG2)
+        b_sum = b_sum * b_shrink + tl.sum(b_weight, 1)
+        b_max = b_new_max
+        b_v = load(p_v, stride_v, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
+        b_out = b_out * b_shrink[:, None] + dot(b_weight.to(b_v.dtype), b_v)
 
     m_none = b_sum == 0.0
     b_sum = tl.where(m_none, 1.0, b_sum)
@@ -141,7 +145,7 @@ def grad_q_kernel(
     v,  # (Tk, heads / GROUP, HEAD_DIM)
     out,  # (total, heads, HEAD_DIM)
     lse,  # (heads, total)
-    delta,  # (heads, total), written: the sum of out * grad_out of every row
+    lse_delta,  # (heads, total), written: see pack_rows
     grad_q,  # (total, heads, HEAD_DIM), contiguous
     q_cu_seqlens,  # (samples + 1,)
     k_cu_seqlens,  # (samples + 1,)
@@ -166,7 +170,6 @@ def grad_q_kernel(
     GROUP: tl.constexpr,
     MODALITIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_MODALITIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -190,41 +193,42 @@ def grad_q_kernel(
     o_row = tl.arange(0, BLOCK_Q)
     o_lse = i_head.to(tl.int64) * total + i_row + o_row
     b_delta = tl.sum(b_o.to(tl.float32) * b_g.to(tl.float32), 1)
-    tl.store(delta + o_lse, b_delta, mask=o_row < rows)
     IN_LOG2: tl.constexpr = q.dtype.element_ty != tl.float32
     factor = scale * LOG2_E if IN_LOG2 else scale
     b_lse = load_lse(lse + o_lse, o_row < rows, IN_LOG2)
+    tl.store(lse_delta + o_lse, pack_rows(b_lse, b_delta), mask=o_row < rows)
     if allow is not None:
-        b_start, b_end = spans(q_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
-        b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
-        b_allowed = allowed_by(allow, MODALITIES, BLOCK_MODALITIES)
-        some, lacking = queries_of(b_start, b_end, b_allowed, i_query, BLOCK_Q)
-        b_query = of_tokens(b_allowed, b_start, b_end, i_query, BLOCK_Q)
+        b_start, b_end = spans(q_counts, i_sample, MODALITIES)
+        b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES)
+        b_bits = allowed_by(allow, MODALITIES, 1, MODALITIES)
+        b_query = of_tokens(b_bits, b_start, b_end, i_query, MODALITIES, BLOCK_Q)
+        wanted = of_tile(b_bits, b_start, b_end, i_query, BLOCK_Q)
+        b_step, b_skip, steps, keys = tiles_of(b_key_start, b_key_end, wanted, MODALITIES, BLOCK_K)
+        b_key_end = tl.minimum(b_key_end, keys)
+    else:
+        steps = keys
 
     b_grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for i_key in range(0, keys, BLOCK_K):
-        wanted = True
+    p_keys = at(k, i_key_start, i_head // GROUP, stride_k, stride_k_head)
+    p_values = at(v, i_key_start, i_head // GROUP, stride_v, stride_v_head)
+    for i_step in range(0, steps, BLOCK_K):
+        i_key = i_step
         if allow is not None:
-            held = keys_of(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
-            wanted = (some & held) != 0
-        if wanted:
-            i_token, i_kv_head = i_key_start + i_key, i_head // GROUP
-            p_k = at(k, i_token, i_kv_head, stride_k, stride_k_head)
-            p_v = at(v, i_token, i_kv_head, stride_v, stride_v_head)
-            b_k = load(p_k, stride_k, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
-            b_v = load(p_v, stride_v, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
-            if q.dtype.element_ty == tl.float32:
-                b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
-                b_g = load(p_g, stride_grad_out, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
-            b_weight = exp(dot(b_q, tl.trans(b_k)) * factor - b_lse[:, None], IN_LOG2)
+            i_key = tile_at(b_step, b_skip, i_step)
+        p_k = rows_on(p_keys, i_key, stride_k)
+        p_v = rows_on(p_values, i_key, stride_v)
+        b_k = load(p_k, stride_k, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
+        b_v = load(p_v, stride_v, keys - i_key, HEAD_DIM, BLOCK_K, BLOCK_D)
+        if q.dtype.element_ty == tl.float32:
+            b_q = load(p_q, stride_q, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
+            b_g = load(p_g, stride_grad_out, rows, HEAD_DIM, BLOCK_Q, BLOCK_D)
+        b_weight = exp(dot(b_q, tl.trans(b_k)) * factor - b_lse[:, None], IN_LOG2)
+        if allow is None:
             b_weight = tl.where((i_key + tl.arange(0, BLOCK_K) < keys)[None, :], b_weight, 0.0)
-            if allow is not None:  # noqa: SIM102 (known when it is compiled, the next one is not)
-                if (lacking & held) != 0:
-                    b_key = labels_of_keys(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
-                    m_score = (b_query[:, None] & b_key[None, :]) != 0
-                    b_weight = tl.where(m_score, b_weight, 0.0)
-            b_grad_score = b_weight * (dot(b_g, tl.trans(b_v)) - b_delta[:, None])
-            b_grad_q += dot(b_grad_score.to(b_k.dtype), b_k)
+        else:
+            b_weight = where_attended(b_weight, False, b_query, b_key_start, b_key_end, i_key, MODALITIES, BLOCK_K)
+        b_grad_score = b_weight * (dot(b_g, tl.trans(b_v)) - b_delta[:, None])
+        b_grad_q += dot(b_grad_score.to(b_k.dtype), b_k)
 
     p_grad_q = at(grad_q, i_row, i_head, heads * HEAD_DIM, HEAD_DIM)
     store(p_grad_q, heads * HEAD_DIM, rows, b_grad_q * scale, HEAD_DIM, BLOCK_Q, BLOCK_D)
@@ -236,8 +240,7 @@ def grad_kv_kernel(
     q,  # (Tq, GROUP * heads, HEAD_DIM)
     k,  # (total, heads, HEAD_DIM)
     v,  # (total, heads, HEAD_DIM)
-    lse,  # (GROUP * heads, Tq)
-    delta,  # (GROUP * heads, Tq)
+    lse_delta,  # (GROUP * heads, Tq), from grad_q_kernel
     grad_k,  # (total, heads, HEAD_DIM), contiguous
     grad_v,  # (total, heads, HEAD_DIM), contiguous
     q_cu_seqlens,  # (samples + 1,)
@@ -262,7 +265,6 @@ def grad_kv_kernel(
     GROUP: tl.constexpr,
     MODALITIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_MODALITIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -284,11 +286,15 @@ def grad_kv_kernel(
     b_k = load(p_k, stride_k, rows, HEAD_DIM, BLOCK_K, BLOCK_D)
     b_v = load(p_v, stride_v, rows, HEAD_DIM, BLOCK_K, BLOCK_D)
     if allow is not None:
-        b_start, b_end = spans(q_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
-        b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES, BLOCK_MODALITIES)
-        b_allowed = allowed_by(allow, MODALITIES, BLOCK_MODALITIES)
-        held = keys_of(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
-        b_key = labels_of_keys(b_key_start, b_key_end, i_key, BLOCK_MODALITIES, BLOCK_K)
+        b_start, b_end = spans(q_counts, i_sample, MODALITIES)
+        b_key_start, b_key_end = spans(k_counts, i_sample, MODALITIES)
+        b_bits = allowed_by(allow, 1, MODALITIES, MODALITIES)
+        b_key = of_tokens(b_bits, b_key_start, b_key_end, i_key, MODALITIES, BLOCK_K)
+        wanted = of_tile(b_bits, b_key_start, b_key_end, i_key, BLOCK_K)
+        b_step, b_skip, steps, queries = tiles_of(b_start, b_end, wanted, MODALITIES, BLOCK_Q)
+        b_end = tl.minimum(b_end, queries)
+    else:
+        steps = queries
 
     IN_LOG2: tl.constexpr = q.dtype.element_ty != tl.float32
     factor = scale * LOG2_E if IN_LOG2 else scale
@@ -297,30 +303,25 @@ def grad_kv_kernel(
     o_query = tl.arange(0, BLOCK_Q)
     for i_member in range(GROUP):
         i_q_head = i_head * GROUP + i_member
-        for i_query in range(0, queries, BLOCK_Q):
-            wanted = True
+        p_queries = at(q, i_query_start, i_q_head, stride_q, stride_q_head)
+        p_grads = at(grad_out, i_query_start, i_q_head, stride_grad_out, stride_grad_out_head)
+        p_row = lse_delta + i_q_head.to(tl.int64) * q_total + i_query_start
+        for i_step in range(0, steps, BLOCK_Q):
+            i_query = i_step
             if allow is not None:
-                some, lacking = queries_of(b_start, b_end, b_allowed, i_query, BLOCK_Q)
-                wanted = (some & held) != 0
-            if wanted:
-                i_token = i_query_start + i_query
-                p_q = at(q, i_token, i_q_head, stride_q, stride_q_head)
-                p_g = at(grad_out, i_token, i_q_head, stride_grad_out, stride_grad_out_head)
-                b_q = load(p_q, stride_q, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
-                b_g = load(p_g, stride_grad_out, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
-                o_lse = i_q_head.to(tl.int64) * q_total + i_token + o_query
-                m_query = o_query < queries - i_query
-                b_lse = load_lse(lse + o_lse, m_query, IN_LOG2)
-                b_delta = tl.load(delta + o_lse, mask=m_query, other=0.0)
-                b_weight = exp(dot(b_k, tl.trans(b_q)) * factor - b_lse[None, :], IN_LOG2)  # (keys, queries)
-                if allow is not None:  # noqa: SIM102 (known when it is compiled, the next one is not)
-                    if (lacking & held) != 0:
-                        b_query = of_tokens(b_allowed, b_start, b_end, i_query, BLOCK_Q)
-                        m_score = (b_query[None, :] & b_key[:, None]) != 0
-                        b_weight = tl.where(m_score, b_weight, 0.0)
-                b_grad_v += dot(b_weight.to(b_g.dtype), b_g)
-                b_grad_score = b_weight * (dot(b_v, tl.trans(b_g)) - b_delta[None, :])
-                b_grad_k += dot(b_grad_score.to(b_q.dtype), b_q)
+                i_query = tile_at(b_step, b_skip, i_step)
+            p_q = rows_on(p_queries, i_query, stride_q)
+            p_g = rows_on(p_grads, i_query, stride_grad_out)
+            b_q = load(p_q, stride_q, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
+            b_g = load(p_g, stride_grad_out, queries - i_query, HEAD_DIM, BLOCK_Q, BLOCK_D)
+            b_row = tl.load(p_row + i_query + o_query, mask=o_query < queries - i_query, other=0)
+            b_lse, b_delta = unpack_rows(b_row)
+            b_weight = exp(dot(b_k, tl.trans(b_q)) * factor - b_lse[None, :], IN_LOG2)  # (keys, queries)
+            if allow is not None:
+                b_weight = where_attended(b_weight, False, b_key, b_start, b_end, i_query, MODALITIES, BLOCK_Q)
+            b_grad_v += dot(b_weight.to(b_g.dtype), b_g)
+            b_grad_score = b_weight * (dot(b_v, tl.trans(b_g)) - b_delta[None, :])
+            b_grad_k += dot(b_grad_score.to(b_q.dtype), b_q)
 
     p_grad_k = at(grad_k, i_row, i_head, heads * HEAD_DIM, HEAD_DIM)
     p_grad_v = at(grad_v, i_row, i_head, heads * HEAD_DIM, HEAD_DIM)
