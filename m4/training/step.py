@@ -39,7 +39,7 @@ class Execution:
     """How steps run.
 
     Args:
-        asynchronous: micro-batches of one shape, and figures read at log points only; else after every step.
+        asynchronous: micro-batches of a few shapes, and figures read at log points only; else after every step.
         graphs: as CUDA graphs.
     """
 
