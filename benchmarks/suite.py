@@ -103,13 +103,13 @@ def test_time(suite: Suite, case: str, provider: str, session: Session, request:
         return
     record = _record(suite, case, provider, benchmark.stats.stats.median, rounds, peak_extra_memory(run))
     benchmark.extra_info.update(rate=record.rate, share_of_floor=record.share_of_floor, work=record.work)
-    session.records.append(record)
+    session.add(record)
 
 
 def _time_on_gpu(suite: Suite, case: str, provider: str, session: Session) -> None:
     gc.collect()
     torch.cuda.empty_cache()
-    session.records.append(measured(suite, case, provider))
+    session.add(measured(suite, case, provider))
 
 
 def measured(suite: Suite, case: str, provider: str, seconds: float = SECONDS) -> Record:
@@ -143,6 +143,5 @@ def test_guard(
     update = request.config.getoption("--update-floors")
     name = f"{suite.op}/{case}/{kernel} over {baseline}"
     runs = suite.run(case, kernel), suite.run(case, baseline)
-    session.speedups[name] = guard.check(
-        name, *runs, update=update, clock=suite.clock or not ON_GPU, seconds=0.3 if ON_GPU else 1.0
-    )
+    speedup = guard.check(name, *runs, update=update, clock=suite.clock or not ON_GPU, seconds=0.3 if ON_GPU else 1.0)
+    session.add_speedup(name, speedup)

@@ -4,7 +4,7 @@ have to be compiled last."""
 import importlib
 from pathlib import Path
 
-from benchmarks.device import ON_GPU
+from benchmarks.device import ON_GPU, Unavailable
 from benchmarks.gpu.folder import Folder
 from benchmarks.suite import Suite, measured
 
@@ -25,44 +25,55 @@ REHEARSED = (
     ("cross_modal_attention", "small: 1 sample"),
     ("linear_cross_entropy", "tiny (32 x 16 x 100)"),
 )
-COMPILED = ("whole logits compiled", "FlexAttention")
-# A loop over samples on the host, and PyTorch's loop in float64's clothes: they say little here, and take long.
+COMPILED = ("whole logits compiled", "FlexAttention")  # for ten seconds and more, by case
+COMPILED_CASES = (("linear_cross_entropy", "M4 batch 96 (9,120 tokens)"), ("cross_modal_attention", "encoder, batch 96"))
+# Loops over samples on the host: they say little here, and take long.
 SLOW = ("SDPA by sample", "reference")
 ELSEWHERE = ("training_step",)  # measured by stages of their own
 
 
-def suites() -> dict[str, Suite]:
-    """By op, from all files of benchmarks that have one."""
-    modules = (importlib.import_module(f"benchmarks.{path.stem}") for path in sorted(HERE.glob("bench_*.py")))
-    found = {module.SUITE.op: module.SUITE for module in modules}
+def suites(folder: Folder) -> dict[str, Suite]:
+    """By op, from all files of benchmarks that have one and whose packages are here."""
+    found = {}
+    for path in sorted(HERE.glob("bench_*.py")):
+        with folder.part(path.stem):
+            try:
+                suite = importlib.import_module(f"benchmarks.{path.stem}").SUITE
+            except ModuleNotFoundError as error:
+                raise Unavailable(f"{error.name} is not installed") from error
+            found[suite.op] = suite
     return {op: suite for op, suite in found.items() if op not in ELSEWHERE}
 
 
 def planned(known: dict[str, Suite], *, on_gpu: bool) -> list[tuple[str, str, str]]:
     """(op, case, provider) in the order in which they are measured."""
-    cases = list(GOALS if on_gpu else REHEARSED)
-    if on_gpu:
-        cases += [
-            (op, name)
-            for op, suite in known.items()
-            for name, case in suite.cases.items()
-            if case.gpu and (op, name) not in GOALS
-        ]
-    early, late, last = [], [], []
-    for op, case in cases:
-        suite = known[op]
-        for provider in suite.providers:
-            if provider in suite.cases[case].without or (provider in SLOW and (op, case) not in cases[: len(GOALS)]):
-                continue
-            where = late if provider in COMPILED else last if provider in SLOW else early
-            where.append((op, case, provider))
-    goals = [entry for entry in early if entry[:2] in GOALS]
-    return goals + late + [entry for entry in early if entry not in goals] + last
+    goals = [entry for entry in (GOALS if on_gpu else REHEARSED) if entry[0] in known]
+    others = [
+        (op, name)
+        for op, suite in known.items()
+        for name, case in suite.cases.items()
+        if on_gpu and case.gpu and (op, name) not in goals
+    ]
+
+    def rank(op: str, case: str, provider: str) -> int:
+        if provider in SLOW:
+            return 3
+        if provider in COMPILED:
+            return 1 if (op, case) in COMPILED_CASES else 4
+        return 0 if (op, case) in goals else 2
+
+    entries = [
+        (op, case, provider)
+        for op, case in [*goals, *others]
+        for provider in known[op].providers
+        if provider not in known[op].cases[case].without
+    ]
+    return sorted(entries, key=lambda entry: rank(*entry))
 
 
 def run(folder: Folder) -> None:
     """The stage "peers"."""
-    known = suites()
+    known = suites(folder)
     for op, case, provider in planned(known, on_gpu=ON_GPU):
         if not ON_GPU and provider in known[op].long:  # compiles for half a minute
             continue

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 5.0  # of a stage's seconds: what it has, once interrupted, to write what it has
 LEAST = 8.0  # seconds that a stage gets, however late it is
+FINE = ("passed", "cut short")
 TAIL = 30  # lines of a failed stage that the summary repeats
 
 
@@ -31,6 +32,7 @@ class Stage:
         seconds: that are its own; `GRACE` before their end it is interrupted, at their end killed.
         most: where earlier stages took less than theirs, it may take what they left, up to so many in all.
         environment: variables besides the session's.
+        optional: that time ended it before its end is no failure.
         otherwise: run in the time that is left where this one did not pass, so that those after it have something to
             run on; this one has failed all the same.
     """
@@ -40,12 +42,13 @@ class Stage:
     seconds: float
     most: float = 0.0
     environment: dict[str, str] = field(default_factory=dict)
+    optional: bool = False
     otherwise: "Stage | None" = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went. status: "passed", "failed" or "out of time"."""
+    """How a stage went. status: "passed", "failed", "out of time", or where a stage is optional "cut short"."""
 
     name: str
     command: str
@@ -83,7 +86,8 @@ def run_stage(stage: Stage, log: Path) -> Outcome:
         reader.start()
         late = _wait(process, stage.seconds)
         reader.join(GRACE)
-    status = "out of time" if late else "passed" if process.returncode == 0 else "failed"
+    too_late = "cut short" if stage.optional else "out of time"
+    status = too_late if late else "passed" if process.returncode == 0 else "failed"
     seconds = time.monotonic() - start
     print(f"=== {stage.name}: {status}, {seconds:.1f} s", flush=True)
     return Outcome(stage.name, shlex.join(stage.command), status, process.returncode, round(seconds, 2), list(tail))
@@ -156,14 +160,14 @@ def run_stages(stages: Sequence[Stage], log: Path, after: Callable[[list[Outcome
             traceback.print_exc()
     for line in lines_of(outcomes):
         print(line)
-    return 1 if any(outcome.status != "passed" for outcome in outcomes) else 0
+    return 0 if all(outcome.status in FINE for outcome in outcomes) else 1
 
 
 def lines_of(outcomes: Sequence[Outcome]) -> list[str]:
     """How the stages went, and the last lines of those that did not pass."""
     lines = ["", "=== stages"]
     lines += [f"{outcome.status:<12} {outcome.seconds:7.1f} s  {outcome.name}" for outcome in outcomes]
-    failed = [outcome for outcome in outcomes if outcome.status != "passed"]
+    failed = [outcome for outcome in outcomes if outcome.status not in FINE]
     for outcome in failed:
         lines += ["", f"--- {outcome.name} {outcome.status} (status {outcome.returncode}); its last lines:", *outcome.tail]
     total = sum(outcome.seconds for outcome in outcomes)

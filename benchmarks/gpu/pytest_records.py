@@ -1,0 +1,63 @@
+"""A plug-in of pytest: the tests that matter most first, those that compile last, and what failed into the records.
+
+    python -m pytest -p benchmarks.gpu.pytest_records --records FOLDER …
+"""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.folder import Folder
+
+FIRST = re.compile(r"masks_of_100_000|test_step_cuda|test_repeats")
+LAST = re.compile(r"compile|opcheck|fullgraph|dynamo|torch_compile", re.IGNORECASE)
+
+
+def rank(nodeid: str) -> int:
+    """Where a test comes: masks and the step at the beginning, what compiles at the end."""
+    if LAST.search(nodeid):
+        return 2
+    return 0 if FIRST.search(nodeid) else 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--records", help="the folder of a GPU session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: rank(item.nodeid))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--records") is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Reporter(Folder(Path(config.getoption("--records")), "tests")), "m4-gpu-records")
+
+
+class Reporter:
+    """In the process that hears of all tests: keeps failures at once, and numbers in the end."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder, self._start = folder, time.monotonic()
+        self._counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self._slow: list[tuple[float, str]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            lines = report.longreprtext.splitlines()[-25:]
+            self._folder.append("test", test=report.nodeid, when=report.when, seconds=report.duration, lines=lines)
+        if report.when == "call" or (report.when == "setup" and not report.passed):
+            self._counts[report.outcome] += 1
+            self._slow.append((report.duration, report.nodeid))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            lines = report.longreprtext.splitlines()[-25:]
+            self._folder.append("test", test=report.nodeid, when="collect", seconds=0.0, lines=lines)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        slowest = [(round(seconds, 2), test) for seconds, test in sorted(self._slow, reverse=True)[:15]]
+        seconds = time.monotonic() - self._start
+        self._folder.append("tests", **self._counts, exit=int(exitstatus), seconds=seconds, slowest=slowest)
