@@ -128,4 +128,8 @@ GOALS = (
 
 def lines(records: Records) -> list[str]:
     """All goals, and what came of them. The numbers were set for an H200."""
-    return ["=== goals (set for an H200)", *(goal.line(records) for goal in GOALS)]
+    card = next((r["environment"]["gpu"] for r in records if r["kind"] == "session"), None)
+    title = f"=== goals, set for an H200; measured on {card}"
+    if card is None:
+        title = "=== goals; a rehearsal measures tiny inputs on a CPU, and so none of them"
+    return [title, *(goal.line(records) for goal in GOALS)]

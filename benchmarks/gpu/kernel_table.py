@@ -177,12 +177,17 @@ def launches_of(events: Iterable[Any], device_type: str) -> list[Launch]:
     """The kernels among a profile's events; on a CPU its operators without what they call."""
     found = []
     for event in events:
-        if event.device_type.name != device_type:
+        if event.device_type.name != device_type or (device_type == "CUDA" and _is_range(event)):
             continue
         whole = event.time_range.elapsed_us()
         seconds = (whole if device_type == "CUDA" else event.self_cpu_time_total) / 1e6
         found.append(Launch(event.name, event.time_range.start / 1e6, seconds))
     return found
+
+
+def _is_range(event: Any) -> bool:
+    """Whether it is no kernel but the time between two marks of the host, which kernels lie in."""
+    return getattr(event, "is_user_annotation", False) or event.name.startswith(("ProfilerStep", "Optimizer."))
 
 
 def profiled(run: Run, replays: int = REPLAYS) -> Table:

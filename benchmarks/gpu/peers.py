@@ -59,8 +59,8 @@ def planned(known: dict[str, Suite], *, on_gpu: bool) -> list[tuple[str, str, st
         if provider in SLOW:
             return 3
         if provider in COMPILED:
-            return 1 if (op, case) in COMPILED_CASES else 4
-        return 0 if (op, case) in goals else 2
+            return 2 if (op, case) in COMPILED_CASES else 4
+        return 0 if (op, case) in goals else 1
 
     entries = [
         (op, case, provider)

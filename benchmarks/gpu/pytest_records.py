@@ -36,11 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Reporter(Folder(Path(config.getoption("--records")), "tests")), "m4-gpu-records")
 
 
+EVERY = 5.0  # seconds between numbers so far: what is interrupted may not get to say the last ones
+
+
 class Reporter:
-    """In the process that hears of all tests: keeps failures at once, and numbers in the end."""
+    """In the process that hears of all tests: keeps failures at once, and numbers now and then."""
 
     def __init__(self, folder: Folder) -> None:
-        self._folder, self._start = folder, time.monotonic()
+        self._folder, self._start, self._said = folder, time.monotonic(), time.monotonic()
         self._counts = {"passed": 0, "failed": 0, "skipped": 0}
         self._slow: list[tuple[float, str]] = []
 
@@ -51,13 +54,19 @@ class Reporter:
         if report.when == "call" or (report.when == "setup" and not report.passed):
             self._counts[report.outcome] += 1
             self._slow.append((report.duration, report.nodeid))
+        if time.monotonic() - self._said > EVERY:
+            self._say("so far")
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             lines = report.longreprtext.splitlines()[-25:]
             self._folder.append("test", test=report.nodeid, when="collect", seconds=0.0, lines=lines)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self._say("all" if exitstatus in (0, 1) else f"ended with status {int(exitstatus)}")
+
+    def _say(self, how_far: str) -> None:
+        self._said = time.monotonic()
         slowest = [(round(seconds, 2), test) for seconds, test in sorted(self._slow, reverse=True)[:15]]
-        seconds = time.monotonic() - self._start
-        self._folder.append("tests", **self._counts, exit=int(exitstatus), seconds=seconds, slowest=slowest)
+        self._folder.append("tests", **self._counts, how_far=how_far, seconds=self._said - self._start, slowest=slowest)

@@ -64,7 +64,7 @@ def build_stages(python: str, seconds: float) -> list[Stage]:
 def test_command(python: str, out: Path, *selected: str) -> tuple[str, ...]:
     """pytest over tests, on many processes where pytest-xdist is."""
     command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_records")
-    command += ("--records", str(out), "-q", "--continue-on-collection-errors")
+    command += ("--records", str(out), "-q", "-rfE", "--continue-on-collection-errors")
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ("-o", f"timeout={TEST_SECONDS}")
     if importlib.util.find_spec("xdist") is not None and workers() > 1:

@@ -19,6 +19,7 @@ SECONDS = 0.15  # of measuring one choice
 MIB = 2**20
 WORKSPACES = (64, 256, 512, 1024, 1536, 2560, 5120)  # MiB
 ROWS = (9120, 45_600)  # the mean targets of 96 samples, and of 480
+PARTS = ("block_q", "block_k", "num_warps", "num_stages")
 # By kernel: (rows of queries, rows of keys, warps, stages) beside the one it has. Few: each is compiled first.
 CHOICES = {
     "forward": ((64, 32, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 4, 2), (64, 128, 4, 2)),
@@ -74,10 +75,11 @@ def choices(launches: Any, key: tuple[int, int]) -> Iterator[tuple[str, tuple[in
     own = launches[key]
     for kernel in own._fields:
         launch = getattr(own, kernel)
-        yield kernel, tuple(launch), own
+        present = tuple(getattr(launch, part) for part in PARTS)
+        yield kernel, present, own
         for choice in CHOICES.get(kernel, ()):
-            if choice != tuple(launch):
-                yield kernel, choice, own._replace(**{kernel: type(launch)(*choice)})
+            if choice != present:
+                yield kernel, choice, own._replace(**{kernel: launch._replace(**dict(zip(PARTS, choice, strict=True)))})
 
 
 def attention(folder: Folder) -> None:
@@ -97,7 +99,7 @@ def attention(folder: Folder) -> None:
                     pair = attention_runs(inputs)
                     what = "forward" if kernel == "forward" else "backward"
                     seconds = seconds_of(pair[what])
-                    present = choice == tuple(getattr(own, kernel))
+                    present = launches is own
                     folder.append(
                         "launch", case=kind, kernel=kernel, choice=choice, present=present,
                         measured=what, microseconds=seconds * 1e6,
