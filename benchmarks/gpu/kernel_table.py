@@ -113,13 +113,11 @@ def our_kernels() -> dict[str, str]:
             except ImportError:  # no Triton here
                 continue
             for name, value in vars(kernels).items():
-                if _is_kernel(value) and value.__module__ == kernels.__name__:
+                # A JITFunction, compiled or interpreted, that is not another module's.
+                function = getattr(value, "fn", None)
+                if hasattr(value, "arg_names") and getattr(function, "__module__", None) == kernels.__name__:
                     found[name] = op
     return found
-
-
-def _is_kernel(value: Any) -> bool:
-    return hasattr(value, "arg_names") and hasattr(value, "run")  # a JITFunction, compiled or interpreted
 
 
 def category_of(name: str, ours: dict[str, str]) -> str:

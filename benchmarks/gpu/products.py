@@ -62,7 +62,7 @@ def layers_of(config: ModelConfig) -> list[Layer]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "to_logits":
             # The decoder's context is the encoder's tokens.
-            side = "encoder" if "kv_proj" in name or not name.startswith("decoder") else "decoder"
+            side = "encoder" if name.endswith(".kv_proj") or not name.startswith("decoder") else "decoder"
             key = (name.rpartition(".")[2], side, *module.weight.shape)
             found[key] = found.get(key, 0) + 1
     return [Layer(*key, count) for key, count in found.items()]
