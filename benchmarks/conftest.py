@@ -21,7 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--results-dir", type=Path, default=RESULTS, help="where --save-results writes; default %(default)s"
     )
-    group.addoption("--records", type=Path, help="add each figure at once to the records of this folder of a GPU session")
+    group.addoption(
+        "--records", type=Path, help="add each figure at once to the records of this folder of a GPU session"
+    )
     group.addoption("--update-floors", action="store_true", help="set the floors of the guards from what is measured")
 
 

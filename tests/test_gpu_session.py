@@ -107,7 +107,9 @@ assert build.cuda_plan(["a_cuda.cu"]) is None
     assert "CUDA: not built (M4KERNELS_CUDA=0)" in seen[1].tail[-1]
 
 
-POLITE = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved what there was', flush=True)\n"
+POLITE = (
+    "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved what there was', flush=True)\n"
+)
 
 
 def test_a_stage_out_of_time_is_interrupted_first_and_killed_with_its_children(
@@ -268,7 +270,7 @@ def test_a_kill_loses_one_stage_at_most(tmp_path: Path) -> None:
     second = (
         "import os, time; from pathlib import Path; from benchmarks.gpu.folder import RECORDS, Folder\n"
         f"folder = Folder(Path({str(tmp_path)!r}), 'second'); folder.append('op', op='kept at once')\n"
-        f"open({str(tmp_path / RECORDS)!r}, 'a').write('{{\"kind\": \"op\", \"op\": \"half')\n"
+        f'open({str(tmp_path / RECORDS)!r}, \'a\').write(\'{{"kind": "op", "op": "half\')\n'
         f"Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
     )
     first = f"from pathlib import Path; from benchmarks.gpu.folder import Folder; Folder(Path({str(tmp_path)!r}), 'first').append('op', op='first')"
@@ -379,8 +381,13 @@ def test_what_came_back_is_put_among_the_results(tmp_path: Path, monkeypatch: py
     plot.draw(body, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     rows = readme_rows(records_of(folder.path))
-    assert "| `linear_cross_entropy`, forward and backward, 9,120 tokens, 65,536 classes: 4.00 ms | whole logits packed | 2.0 |" in rows
-    assert any("20.0 ms | 4,800 samples/s, 51% of the product rate | 6.0 × the padded reference |" in row for row in rows)
+    assert (
+        "| `linear_cross_entropy`, forward and backward, 9,120 tokens, 65,536 classes: 4.00 ms | whole logits packed | 2.0 |"
+        in rows
+    )
+    assert any(
+        "20.0 ms | 4,800 samples/s, 51% of the product rate | 6.0 × the padded reference |" in row for row in rows
+    )
 
 
 def test_rehearsals_and_damage_are_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

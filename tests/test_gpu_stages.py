@@ -1,10 +1,8 @@
 """What the stages of `make gpu` run, with small inputs on the CPU; and how benchmarks behave on a GPU."""
 
-import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +174,10 @@ def test_products_of_the_step() -> None:
     """All linear layers of M4, as the packed FLOP count has them."""
     config = step.recipe(2, 1).config.model_config()
     layers = products.layers_of(config)
-    assert sum(layer.count for layer in layers) == 8 * 4 + 1 + 8 * 7
-    weights = {side: sum(x.count * x.columns * x.depth for x in layers if x.side == side) for side in ("encoder", "decoder")}
+    assert sum(layer.number for layer in layers) == 8 * 4 + 1 + 8 * 7
+    weights = {
+        side: sum(x.number * x.columns * x.depth for x in layers if x.side == side) for side in ("encoder", "decoder")
+    }
     from m4.model.flops import training_flop
 
     assert 6 * weights["encoder"] == training_flop(config, 1, [0] * 4)
@@ -199,7 +199,7 @@ def test_products_and_workspaces_are_kept(folder: Folder, monkeypatch: pytest.Mo
     assert folder.failures == []
     (sums,) = records(folder, "products")
     trunk = [r for r in records(folder, "product") if r["of"].startswith("trunk")]
-    assert sums["trunk_ms"] == pytest.approx(sum(r["microseconds"] * r["count"] for r in trunk) / 1e3)
+    assert sums["trunk_ms"] == pytest.approx(sum(r["microseconds"] * r["number"] for r in trunk) / 1e3)
     assert len(records(folder, "workspace")) == 2 * len(sweeps.ROWS)
 
 
@@ -320,7 +320,7 @@ def test_tests_are_ordered_and_what_failed_is_kept(tmp_path: Path) -> None:
 
 
 # What a machine with a GPU may lack, beside git and nvcc, and what no machine may need for a session's stages.
-LACKING = ("omegaconf", "nbclient", "pdoc", "xdist", "tensorboard", "matplotlib", "skimage", "hypothesis", "mpmath")
+LACKING = ("omegaconf", "nbclient", "pdoc", "xdist", "tensorboard", "matplotlib", "hypothesis")
 
 
 def test_stages_need_few_packages() -> None:
@@ -377,6 +377,7 @@ def test_the_benchmark_calls_the_loss_as_the_trainer_does(monkeypatch: pytest.Mo
         m4.M4(config)(MaskedBatch(tokens, tokens))
     assert calls[0] == calls[1]
     assert calls[0][:3] == (torch.float32, torch.float32, True)
+
 
 def test_inputs_move_as_a_whole() -> None:
     segments = Segments.from_counts(torch.tensor([[1, 2]]))

@@ -78,9 +78,7 @@ def _attention(inputs: Layer, backend: str) -> list[Tensor]:
 
 
 def _loss(inputs: Tokens, backend: str) -> list[Tensor]:
-    out = linear_cross_entropy(
-        inputs.x, inputs.weight, inputs.targets, vocab_limit=inputs.vocab_limit, backend=backend
-    )
+    out = linear_cross_entropy(inputs.x, inputs.weight, inputs.targets, vocab_limit=inputs.vocab_limit, backend=backend)
     return [out.nll.detach(), *_differentiated(out.loss, (inputs.x, inputs.weight))]
 
 

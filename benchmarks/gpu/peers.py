@@ -26,7 +26,10 @@ REHEARSED = (
     ("linear_cross_entropy", "tiny (32 x 16 x 100)"),
 )
 COMPILED = ("whole logits compiled", "FlexAttention")  # for ten seconds and more, by case
-COMPILED_CASES = (("linear_cross_entropy", "M4 batch 96 (9,120 tokens)"), ("cross_modal_attention", "encoder, batch 96"))
+COMPILED_CASES = (
+    ("linear_cross_entropy", "M4 batch 96 (9,120 tokens)"),
+    ("cross_modal_attention", "encoder, batch 96"),
+)
 # Loops over samples on the host: they say little here, and take long.
 SLOW = ("SDPA by sample", "reference")
 ELSEWHERE = ("training_step",)  # measured by stages of their own

@@ -5,7 +5,7 @@ fewer rows at a time, as a smaller workspace of the loss would have them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,24 +33,24 @@ class Layer(NamedTuple):
         side: "encoder" or "decoder", whose tokens are the rows.
         columns: of the result.
         depth: of the input.
-        count: layers like it.
+        number: layers like it.
     """
 
     name: str
     side: str
     columns: int
     depth: int
-    count: int
+    number: int
 
 
 class Product(NamedTuple):
-    """One matrix product (rows x depth) times (depth x columns); count: in a step."""
+    """One matrix product (rows x depth) times (depth x columns); number: in a step."""
 
     name: str
     rows: int
     depth: int
     columns: int
-    count: int
+    number: int
     run: Callable[[], Tensor]
 
 
@@ -81,12 +81,14 @@ def products_of(layer: Layer, rows: int, *, wide: bool = False) -> list[Product]
         rows: of the input.
         wide: the weight's gradient is written in float32, as the loss has it.
     """
-    shape = {"dtype": torch.bfloat16, "device": DEVICE}
-    x, grad = torch.randn(rows, layer.depth, **shape), torch.randn(rows, layer.columns, **shape)
-    weight = torch.randn(layer.columns, layer.depth, **shape)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+
+    x, grad, weight = draw(rows, layer.depth), draw(rows, layer.columns), draw(layer.columns, layer.depth)
     # Products of a CPU have one dtype only.
-    out = {"out_dtype": torch.float32} if wide and ON_GPU else {}
-    n, k, count = layer.columns, layer.depth, layer.count
+    out: dict[str, Any] = {"out_dtype": torch.float32} if wide and ON_GPU else {}
+    n, k, count = layer.columns, layer.depth, layer.number
     return [
         Product(f"{layer.name} forward", rows, k, n, count, lambda: torch.mm(x, weight.T)),
         Product(f"{layer.name} d input", rows, n, k, count, lambda: torch.mm(grad, weight, **out)),
@@ -103,10 +105,10 @@ def measure(folder: Folder, samples: int, product: Product, *, of: str) -> float
     folder.append("product", samples=samples, of=of, **values)
     print(
         f"{samples:4} samples, {of}, {product.name:<24} {product.rows:6} x {product.depth:6} x {product.columns:6} "
-        f"{product.count:3}x {seconds * 1e6:9.1f} us {flop / seconds / 1e12:7.1f} TFLOP/s",
+        f"{product.number:3}x {seconds * 1e6:9.1f} us {flop / seconds / 1e12:7.1f} TFLOP/s",
         flush=True,
     )
-    return seconds * product.count
+    return seconds * product.number
 
 
 def run(folder: Folder) -> None:

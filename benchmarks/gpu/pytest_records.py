@@ -1,6 +1,6 @@
 """A plug-in of pytest: the tests that matter most first, those that compile last, and what failed into the records.
 
-    python -m pytest -p benchmarks.gpu.pytest_records --records FOLDER …
+python -m pytest -p benchmarks.gpu.pytest_records --records FOLDER …
 """
 
 import re

@@ -169,6 +169,10 @@ def lines_of(outcomes: Sequence[Outcome]) -> list[str]:
     lines += [f"{outcome.status:<12} {outcome.seconds:7.1f} s  {outcome.name}" for outcome in outcomes]
     failed = [outcome for outcome in outcomes if outcome.status not in FINE]
     for outcome in failed:
-        lines += ["", f"--- {outcome.name} {outcome.status} (status {outcome.returncode}); its last lines:", *outcome.tail]
+        lines += [
+            "",
+            f"--- {outcome.name} {outcome.status} (status {outcome.returncode}); its last lines:",
+            *outcome.tail,
+        ]
     total = sum(outcome.seconds for outcome in outcomes)
     return [*lines, "", f"{len(outcomes) - len(failed)} of {len(outcomes)} stages passed in {total:.0f} s"]

@@ -109,9 +109,7 @@ def stages_of(gpu: bool, out: Path, python: str = sys.executable) -> list[Stage]
     ]
 
 
-def rehearsal(
-    ours: Callable[..., Stage], report: Stage, out: Path, python: str, bench: tuple[str, ...]
-) -> list[Stage]:
+def rehearsal(ours: Callable[..., Stage], report: Stage, out: Path, python: str, bench: tuple[str, ...]) -> list[Stage]:
     """The same stages with small inputs; tests are collected in whole, so that a broken import or mark shows."""
     dry = (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--dry-run", "-e", ".")
     uncompiled = {"TORCHDYNAMO_DISABLE": "1"}  # compiling takes a minute of a CPU, and is tested elsewhere

@@ -66,8 +66,13 @@ def recipe(batch_size: int, micro_batches: int, model: ModelSection | None = Non
 def tiny(batch_size: int, micro_batches: int) -> Recipe:
     """The same in all but size: a rehearsal takes milliseconds a step."""
     large = recipe(min(batch_size, 2), min(micro_batches, 2), TINY)
-    lengths = {"max_seq_lens": [16, 6, 16, 6], "input_tokens_range": [6, 12], "target_tokens_range": [4, 12]}
-    config = replace(large.config, vocab_sizes=[64] * 4, **lengths)
+    config = replace(
+        large.config,
+        vocab_sizes=[64] * 4,
+        max_seq_lens=[16, 6, 16, 6],
+        input_tokens_range=[6, 12],
+        target_tokens_range=[4, 12],
+    )
     return Recipe(config, replace(large.store, tokens=large.store.tokens[:32, :44] % 64))
 
 

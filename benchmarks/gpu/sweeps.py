@@ -51,7 +51,10 @@ def workspaces(folder: Folder) -> None:
                 seconds = seconds_of(run)
                 peak = gpu_peak_memory(run) if ON_GPU else peak_extra_memory(run)
                 folder.append("workspace", rows=rows, bytes=size, microseconds=seconds * 1e6, peak_bytes=peak)
-                print(f"loss of {rows} tokens, {size // MIB:5} MiB: {seconds * 1e6:9.1f} us, {peak // MIB} MiB", flush=True)
+                print(
+                    f"loss of {rows} tokens, {size // MIB:5} MiB: {seconds * 1e6:9.1f} us, {peak // MIB} MiB",
+                    flush=True,
+                )
 
 
 def attention_runs(inputs: Layer) -> dict[str, Run]:

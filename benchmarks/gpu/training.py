@@ -71,8 +71,7 @@ def run_whole(inputs: step.Recipe, steps: int) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         if status or trainer.state.step != steps:
             raise AssertionError(f"the run ended with status {status} after {trainer.state.step} of {steps} steps")
-        loss = trainer.state.evaluation["loss"] if "loss" in (trainer.state.evaluation or {}) else None
-        return {"steps": steps, "seconds": seconds, "evaluation": trainer.state.evaluation, "loss": loss}
+        return {"steps": steps, "seconds": seconds, "evaluation": trainer.state.evaluation}
 
 
 def run(folder: Folder) -> None:
