@@ -25,8 +25,8 @@ def backends(op: str, device: torch.device = DEVICE) -> tuple[str, ...]:
 def moved(value: Any, device: torch.device = DEVICE, dtype: torch.dtype | None = None) -> Any:
     """The value, with every tensor in it on the device and, if floating and `dtype` is given, in that dtype.
 
-    Goes into lists, named tuples and dataclasses. Leaves that require gradients stay such leaves, and what is one object stays
-    one.
+    Goes into lists, named tuples and dataclasses. Leaves that require gradients stay such leaves, and what is one
+    object stays one.
     """
     return _moved(value, device, dtype, {})
 

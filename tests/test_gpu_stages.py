@@ -262,7 +262,6 @@ def script(path: Path, text: str) -> None:
 
 def test_programs_of_cuda(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without them that is said; what they find is a failure; counters are read from ncu's table."""
-    monkeypatch.setattr(tools, "program", tools.program)
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(variable, str(tmp_path))
     (tmp_path / "bin").mkdir()

@@ -1,8 +1,8 @@
 """Every backend of every op once, at M4's shapes, against the reference in float64.
 
 The ops are those that the package has. For one that has no inputs here its benchmark's are run, if there is one: then
-it is known to run, not what it computes. The tests hold the precise error budgets, at all kinds of shapes; here a result
-passes that errs no more than four times as much as PyTorch does in the same dtype.
+it is known to run, not what it computes. The tests hold the precise error budgets, at all kinds of shapes; here a
+result passes that errs no more than four times as much as PyTorch does in the same dtype.
 """
 
 import importlib
@@ -10,6 +10,7 @@ import importlib.util
 import pkgutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,25 +119,30 @@ def checks(*, small: bool) -> dict[str, list[Check]]:
     """By op. small: inputs for a rehearsal, or for a program that runs every kernel under a memory checker."""
     batch, count, classes, rows = (2, 40, 512, 64) if small else (96, 9120, 65536, 13_312)
     dim = 64 if small else 640
-    spec = M4_MASKING
-    found = {
-        "quantize_coords": [Check("joints", lambda: joints(batch), _quantize)],
-        "mask_tokens": [Check("samples", lambda: samples(batch, spec), _mask)],
+
+    def attention(kind: str, within: bool) -> Check:
+        build = partial(layer, kind, batch, backward=True, within_modality=within)
+        return Check(f"{kind}, within" if within else kind, build, _attention, (HALF, SINGLE))
+
+    fc2 = partial(bench_linear.layer, rows, 4 * dim, dim, gelu=True, residual=True)
+    whole = partial(tokens, count, dim, classes, ignored=0.1)
+    limits = partial(tokens, count, dim, classes, limits=(classes, classes // 8))
+    block = partial(bench_adamw_step.tensors, (dim, 3 * dim), (dim,))
+    return {
+        "quantize_coords": [Check("joints", partial(joints, batch), _quantize)],
+        "mask_tokens": [Check("samples", partial(samples, batch, M4_MASKING), _mask)],
         "cross_modal_attention": [
-            Check(kind, lambda kind=kind, w=within: layer(kind, batch, backward=True, within_modality=w), _attention, (HALF, SINGLE))
-            for kind, within in (("encoder", False), ("decoder", False), ("cross", False), ("encoder", True))
+            *(attention(kind, False) for kind in ("encoder", "decoder", "cross")),
+            attention("encoder", True),
         ],
         "linear_cross_entropy": [
-            Check("whole", lambda: tokens(count, dim, classes, ignored=0.1), _loss, (HALF, SINGLE)),
-            Check("limits", lambda: tokens(count, dim, classes, limits=(classes, classes // 8)), _loss, (HALF,)),
+            Check("whole", whole, _loss, (HALF, SINGLE)),
+            Check("limits", limits, _loss, (HALF,)),
         ],
-        "linear": [
-            Check("fc2", lambda: bench_linear.layer(rows, 4 * dim, dim, gelu=True, residual=True), _linear, (HALF, SINGLE))
-        ],
-        "adamw_step": [Check("a block", lambda: bench_adamw_step.tensors((dim, 3 * dim), (dim,)), _adamw, (SINGLE,))],
-        "embedding": [Check("tokens", lambda: _looked(classes, rows), _embedding, (SINGLE,))],
-    }  # fmt: skip
-    return found
+        "linear": [Check("fc2", fc2, _linear, (HALF, SINGLE))],
+        "adamw_step": [Check("a block", block, _adamw, (SINGLE,))],
+        "embedding": [Check("tokens", partial(_looked, classes, rows), _embedding, (SINGLE,))],
+    }
 
 
 def ops() -> list[str]:
@@ -165,7 +171,7 @@ def compare(check: Check, op: str, backend: str, dtype: torch.dtype | None, inpu
             what = f"{op}, {check.name}, {backend}, {name}: result {n}"
             assert_within_error_budget(a, p.to(a.dtype), b.double(), factor=FACTOR, floor=FLOOR, what=what)
     folder.append("op", op=op, case=check.name, backend=backend, dtype=name, first_seconds=seconds, error=worst)
-    print(f"{op:<22} {check.name:<10} {backend:<10} {name:<9} {seconds:7.2f} s the first time, error {worst:.1e}")
+    print(f"{op:<22} {check.name:<15} {backend:<10} {name:<9} {seconds:7.2f} s the first time, error {worst:.1e}")
 
 
 def run(folder: Folder) -> None:
@@ -203,4 +209,4 @@ def run_benchmark(op: str, folder: Folder) -> None:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             folder.append("op", op=op, case=case, backend=backend, dtype="its own", first_seconds=seconds)
-            print(f"{op:<22} {case:<10} {backend:<10} ran in {seconds:.2f} s the first time; not compared")
+            print(f"{op:<22} {case:<15} {backend:<10} ran in {seconds:.2f} s the first time; not compared")

@@ -1,4 +1,4 @@
-"""What is kept of a session: one JSON file as `pytest benchmarks/ --save-results` writes it, and rows for the README."""
+"""What is kept of a session: a JSON file as `pytest benchmarks/ --save-results` writes it, and rows for the README."""
 
 import json
 from collections.abc import Sequence
@@ -93,11 +93,11 @@ def readme_rows(records: Records) -> list[str]:
 
     for kind in ("encoder", "decoder", "cross"):
         compared(
-            "cross_modal_attention", f"{kind}, batch 96", f"`cross_modal_attention`, forward and backward, {kind}, 96 samples",
+            "cross_modal_attention", f"{kind}, batch 96", f"`cross_modal_attention` with backward, {kind}, 96 samples",
             ("SDPA padded", "varlen_attn", "FlexAttention"),
         )  # fmt: skip
     compared(
-        "linear_cross_entropy", goals.LOSS, "`linear_cross_entropy`, forward and backward, 9,120 tokens, 65,536 classes",
+        "linear_cross_entropy", goals.LOSS, "`linear_cross_entropy` with backward, 9,120 tokens, 65,536 classes",
         ("whole logits packed", "whole logits compiled", "F.linear_cross_entropy"),
     )  # fmt: skip
     compared("mask_tokens", "M4 batch 96", "`mask_tokens`, batch 96", ("reference",))
@@ -117,4 +117,4 @@ def padded_over(records: Records, step: dict[str, Any]) -> str:
     reference = goals.times(records, "training_step", step["case"]).get("reference")
     if reference is None or step["provider"] == "reference":
         return ""
-    return f"{reference['seconds'] * 1e3 / step['milliseconds']:.1f} × the padded reference"
+    return f"{reference['seconds'] * 1e3 / step['milliseconds']:.1f} times as fast as the padded reference"

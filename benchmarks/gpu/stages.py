@@ -63,7 +63,8 @@ def build_stages(python: str, seconds: float) -> list[Stage]:
 
 def test_command(python: str, out: Path, *selected: str) -> tuple[str, ...]:
     """pytest over tests, on many processes where pytest-xdist is."""
-    command = (python, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_records")
+    command: tuple[str, ...] = (python, "-m", "pytest", "-p", "no:cacheprovider")
+    command += ("-p", "benchmarks.gpu.pytest_records")
     command += ("--records", str(out), "-q", "-rfE", "--continue-on-collection-errors")
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += ("-o", f"timeout={TEST_SECONDS}")

@@ -1,6 +1,6 @@
 """What depends on a choice of ours: the loss by its workspace, attention by the launches of its kernels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,22 +32,32 @@ def seconds_of(run: Run) -> float:
     return gpu_median(run, seconds=SECONDS, clock=False)[0] if ON_GPU else timed(run)
 
 
+def loss_runs(rows: int) -> Callable[[int], Run]:
+    """By the memory that it may take: the loss of so many tokens as the trainer calls it."""
+    inputs = tokens(*((rows, 640, 65536) if ON_GPU else (40, 16, 128)))
+    x, weight = (value.detach().to(DEVICE).requires_grad_() for value in inputs[:2])
+    targets = inputs.targets.to(DEVICE)
+    share = torch.full(targets.shape, 1 / len(targets), device=DEVICE)
+
+    def of(size: int) -> Run:
+        def run() -> None:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                out = linear_cross_entropy(x, weight, targets, token_weight=share, max_workspace_bytes=size)
+            out.loss.backward()
+            x.grad = weight.grad = None
+
+        return run
+
+    return of
+
+
 def workspaces(folder: Folder) -> None:
-    """The loss as the trainer calls it, by the memory that it may take."""
+    """The loss by the memory that it may take, that of the trainer last."""
     for rows in ROWS:
-        inputs = tokens(*((rows, 640, 65536) if ON_GPU else (40, 16, 128)))
-        x, weight = (value.detach().to(DEVICE).requires_grad_() for value in inputs[:2])
-        targets = inputs.targets.to(DEVICE)
-        share = torch.full(targets.shape, 1 / len(targets), device=DEVICE)
+        run_of = loss_runs(rows)
         for size in (*(mib * MIB for mib in WORKSPACES), loss_workspace(DEVICE)):
-
-            def run(size: int = size) -> None:
-                with torch.autocast(DEVICE.type, torch.bfloat16):
-                    out = linear_cross_entropy(x, weight, targets, token_weight=share, max_workspace_bytes=size)
-                out.loss.backward()
-                x.grad = weight.grad = None
-
             with folder.part(f"the loss of {rows} tokens in {size // MIB} MiB"):
+                run = run_of(size)
                 seconds = seconds_of(run)
                 peak = gpu_peak_memory(run) if ON_GPU else peak_extra_memory(run)
                 folder.append("workspace", rows=rows, bytes=size, microseconds=seconds * 1e6, peak_bytes=peak)
