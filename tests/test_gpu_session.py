@@ -234,8 +234,9 @@ def test_what_a_session_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("not the session's")
-    for _ in range(2):
-        assert session(monkeypatch, out) == 0
+    for name in (RECORDS, LOG, SUMMARY, TAR, "20250101-000000-000001-abcdef0.json"):
+        (out / name).write_text("another session's\n")
+    assert session(monkeypatch, out) == 0
     files = sorted(path.name for path in out.iterdir())
     assert len(files) == 7
     assert all(re.fullmatch(PLAIN_NAME, name) for name in files)

@@ -45,6 +45,7 @@ class Reporter:
     def __init__(self, folder: Folder) -> None:
         self._folder, self._start, self._said = folder, time.monotonic(), time.monotonic()
         self._counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self._collected = 0
         self._slow: list[tuple[float, str]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -64,9 +65,19 @@ class Reporter:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        self._say("all" if exitstatus in (0, 1) else f"ended with status {int(exitstatus)}")
+        whole = sum(self._counts.values()) == self._collected
+        self._say("all" if whole else f"ended early with status {int(exitstatus)}")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._collected = len(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._collected = len(ids)
 
     def _say(self, how_far: str) -> None:
         self._said = time.monotonic()
         slowest = [(round(seconds, 2), test) for seconds, test in sorted(self._slow, reverse=True)[:15]]
-        self._folder.append("tests", **self._counts, how_far=how_far, seconds=self._said - self._start, slowest=slowest)
+        seconds = self._said - self._start
+        numbers = {"collected": self._collected, **self._counts}
+        self._folder.append("tests", **numbers, how_far=how_far, seconds=seconds, slowest=slowest)
