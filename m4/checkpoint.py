@@ -95,6 +95,7 @@ BEFORE_KEYS = {
     "data.mirror": False,
     "data.order": "sorted",
     "vocab_lr_scale": 1.0,
+    "coords_lr_scale": None,
     "skip_non_finite": 0,
     "ema": 0.0,
     "optimizer": "adamw",

@@ -31,6 +31,7 @@ from m4.config_values import (
 from m4.config_yaml import read_tree, to_yaml
 from m4.device import DEVICE_NAME, DEVICE_NAMES, TRAINING_DTYPES
 from m4.errors import ConfigError
+from m4.modalities import RowLayout
 from m4.model.config import AttentionConfig, ModelConfig
 from m4.schedule import FLOAT32, ONE_TOKEN, LearningRate, Schedule, total_samples
 from m4kernels import MaskingSpec
@@ -59,6 +60,7 @@ _NAME_BYTES = 255  # what file systems allow a folder's name
 
 # What null stands for, for the keys that may be null.
 _NULL_MEANS = {
+    "coords_lr_scale": "as vocab_lr_scale",
     "clip_grad": "no clipping",
     "training_time": "no comparison",
     "eval_samples": "all of the split",
@@ -139,6 +141,7 @@ class TrainConfig:
     lr: float = 0.002
     min_lr: float = 1e-7
     vocab_lr_scale: float = 1.0  # of the token embedding and the output layer, beside lr
+    coords_lr_scale: float | None = None  # of their rows that are coordinate bins; null: as vocab_lr_scale
     weight_decay: float = 0.05
     optimizer: str = "adamw"  # or muon: for the matrices of the trunk
     ema: float = 0.0  # decay of the averaged weights; 0: none
@@ -343,6 +346,15 @@ def _check(c: TrainConfig) -> None:
     least, most = FLOAT32
     require(0 <= c.weight_decay <= most, "weight_decay", f"a value in 0 … {most:g}")
     require(0 < c.vocab_lr_scale <= 1000, "vocab_lr_scale", "a value above 0 and at most 1000")
+    of_bins, as_others = c.coords_lr_scale, f"null: {_NULL_MEANS['coords_lr_scale']}"
+    require(
+        of_bins is None or 0 < of_bins <= 1000, "coords_lr_scale", f"a value above 0 and at most 1000, or {as_others}"
+    )
+    require(
+        of_bins is None or RowLayout.of(c).bins > 0,
+        "coords_lr_scale",
+        f"{as_others}, in a run whose modalities have no coordinates",
+    )
     require(
         c.clip_grad is None or least <= c.clip_grad <= most, "clip_grad", f"a value in {least:g} … {most:g}, or null"
     )

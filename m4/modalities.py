@@ -210,6 +210,12 @@ class RowLayout:
         """`span` of every modality, in order."""
         return tuple(self.span(name) for name in self.modalities)
 
+    @cached_property
+    def bins(self) -> int:
+        """Coordinates are ids below it, and visibilities too; 0 in a row without joints."""
+        pairs = zip(self.described, self.vocab_sizes, strict=True)
+        return min(BINS, max((size for modality, size in pairs if modality.kind == "joints"), default=0))
+
     def modality_ids(self) -> Tensor:
         """int64 (L,): each token's modality, an index into ``modalities``."""
         return torch.repeat_interleave(torch.arange(len(self.modalities)), torch.tensor(self.max_seq_lens))

@@ -4,6 +4,7 @@ from m4kernels._version import __version__
 from m4kernels.ops.adamw_step.api import adamw_step
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
 from m4kernels.ops.embedding.api import embedding
+from m4kernels.ops.layer_norm.api import add_layer_norm, layer_norm
 from m4kernels.ops.linear.api import linear
 from m4kernels.ops.linear_cross_entropy.api import LinearCrossEntropyOutput, linear_cross_entropy
 from m4kernels.ops.mask_tokens.api import mask_tokens
@@ -19,9 +20,11 @@ __all__ = [
     "Segments",
     "__version__",
     "adamw_step",
+    "add_layer_norm",
     "cross_modal_attention",
     "dequantize_coords",
     "embedding",
+    "layer_norm",
     "linear",
     "linear_cross_entropy",
     "mask_tokens",

@@ -47,6 +47,12 @@ def is_transformed(ctx: Any) -> bool:
     return getattr(ctx, "transformed", False)
 
 
+def constant_when_traced(function: Any) -> Any:
+    """`torch.compiler.assume_constant_result`, but that imports Dynamo and Triton, which takes every start seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 class Op:
     """An op of the namespace; a call runs the implementation itself where nothing watches it, else `torch.ops`.
 

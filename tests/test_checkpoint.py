@@ -185,6 +185,15 @@ def test_what_may_change(saved, tiny_config, override):
     check_same_run(path, meta, other, IDENTITY)
 
 
+def test_a_checkpoint_from_before_coordinates_had_a_rate(saved, tiny_config):
+    """They had that of the vocabulary: refused under another."""
+    path, meta = newest_whole(saved[0])
+    del meta["config"]["coords_lr_scale"]
+    assert check_same_run(path, meta, load_config(tiny_config)[0], IDENTITY) == []
+    with pytest.raises(CheckpointError, match=r"coords_lr_scale is None there and 0\.5 now; set it back to resume"):
+        check_same_run(path, meta, load_config(tiny_config, ["coords_lr_scale=0.5"])[0], IDENTITY)
+
+
 def test_a_checkpoint_from_before_the_order_had_a_name(saved, tiny_config):
     """It was trained in the sorted order: refused under another, which would show it some samples twice."""
     path, meta = newest_whole(saved[0])

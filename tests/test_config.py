@@ -107,6 +107,9 @@ FAULTS = [
     ("lr=0", ["lr", "0.0", "above 0"]),
     ("lr=-1", ["lr", "-1"]),
     ("vocab_lr_scale=0", ["vocab_lr_scale", "0.0", "above 0"]),
+    ("coords_lr_scale=0", ["coords_lr_scale", "0.0", "above 0", "as vocab_lr_scale"]),
+    ("coords_lr_scale=1001", ["coords_lr_scale", "1001", "at most 1000"]),
+    ("coords_lr_scale=fast", ["coords_lr_scale", "fast", "number"]),
     ("model.init=fourrier", ["model.init", "fourrier", "fourier, normal"]),
     ("lr=", ["lr is empty", "number"]),
     ("lr", ["lr", "key=value"]),
@@ -348,6 +351,15 @@ def test_names_that_are_no_run(tmp_path, name):
         with pytest.raises(ConfigError, match=f"{said}.*which is the name of .*; set run_name=NAME"):
             load_config(path)
         assert load_config(path, ["run_name=given"])[0].run_name == "given"
+
+
+def test_no_rate_for_coordinates_without_any():
+    names = ["modalities=[tok_rgb,tok_rgb_next,a,b]"]
+    assert load_config(RECIPE, [*names, "vocab_lr_scale=0.5"])[0].coords_lr_scale is None
+    with pytest.raises(
+        ConfigError, match=r"^coords_lr_scale: expected null: as vocab_lr_scale, .*no coordinates.*1\.0"
+    ):
+        load_config(RECIPE, [*names, "coords_lr_scale=1"])
 
 
 def test_wandb_takes_no_colon():

@@ -26,6 +26,8 @@ from tests.saved_runs import write_data
 from tests.training.step_setup import assert_same
 
 CPU = torch.device("cpu")
+# Coordinate bins are 50 of 64 rows: of the parts that ranks hold, some have bins alone.
+RATES = {"vocab_sizes": [64, 50, 64, 50], "vocab_lr_scale": 0.5, "coords_lr_scale": 2.0}
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -37,7 +39,10 @@ def trained(tmp_path_factory, token_root):
     """Runs of 20 steps of 8 samples, two a micro-batch, by 1, 2 and 4 ranks; 2 → 1 → 4 ranks in one run too."""
     folder = tmp_path_factory.mktemp("ranks")
     path = write_config(folder / "tiny.yaml", token_root)
-    path.write_text(path.read_text().replace("batch_size: 4\n", "batch_size: 2\n", 1))
+    text = path.read_text().replace("batch_size: 4\n", "batch_size: 2\n", 1)
+    path.write_text(
+        text.replace("vocab_sizes: [64, 64, 64, 64]\n", "\n".join(f"{k}: {v}" for k, v in RATES.items()) + "\n")
+    )
     config, _ = load_config(path)
     config.keep_ckpts = 9
     write_data(folder / "moments", {"train": 5, "eval": 6})
@@ -204,7 +209,8 @@ def test_torchrun(tiny_config):
 
 def test_a_rank_killed_in_a_run_that_saves(trained, tiny_config):
     """The other ends by itself and says which died; restarted, two ranks end with the bits of two undisturbed ones."""
-    every_step = ("batch_size=2", "save_ckpt_freq=0.008", "keep_ckpts=30", "eval_freq=0.04")
+    every_step = [f"{key}={value}" for key, value in RATES.items()]
+    every_step += ("batch_size=2", "save_ckpt_freq=0.008", "keep_ckpts=30", "eval_freq=0.04")
     run_dir = tiny_config.parent / "runs" / "tiny"
     with started(2, *_command(tiny_config, *every_step)) as processes:
         wait_for(lambda: _newest_step(run_dir) >= 7)

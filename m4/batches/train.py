@@ -1,7 +1,7 @@
 """What a training step reads: the masked micro-batches of a stretch of the sample order, and a rank's share of them.
 
-On a CPU they are as long as their tokens. On a GPU they have one fixed shape, so that a captured step can take them:
-lengths are drawn on the host, samples dealt so that they fit (`m4.batches.packing`), tokens masked on the device.
+On a CPU they are as long as their tokens. On a GPU they have one of a few shapes, so that a captured step can take
+them: lengths are drawn on the host, samples dealt so that they fit (`m4.batches.packing`), tokens masked on the device.
 Nothing there waits for the device.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from m4.batches.masked import mask_rows
 from m4.batches.mirror import Mirror
 from m4.batches.order import SampleOrder
-from m4.batches.packing import deal, drawn_counts, fixed_capacity
+from m4.batches.packing import SIZES, deal, drawn_counts, fixed_capacities
 from m4.batches.rows import TokenRows, send
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
@@ -67,7 +67,9 @@ class TrainBatches:
     The micro-batches of a step are the same for any number of ranks: each takes as many, one after the other.
 
     Args:
-        fixed_shapes: give every micro-batch the same shapes.
+        fixed_shapes: give micro-batches one of a few shapes, those of a step the same: three sizes a side; with several
+            ranks one, for the gradients that they exchange are those of one.
+        one_size: one all the same: compiling takes longer than the others gain.
         resident: as in `m4.batches.rows.TokenRows`.
         mirror: mirrors the samples that it draws, if given.
         world: the ranks; default one.
@@ -83,6 +85,7 @@ class TrainBatches:
         device: torch.device,
         *,
         fixed_shapes: bool,
+        one_size: bool = False,
         resident: bool | None = None,
         mirror: Mirror | None = None,
         world: World | None = None,
@@ -94,13 +97,19 @@ class TrainBatches:
         # Micro-batches in groups of nearly one size: samples are dealt within a group.
         self._groups = np.array_split(np.arange(self._all), math.ceil(self._all / _TOGETHER))
         smallest = len(self._groups[-1])
-        self.capacity = fixed_capacity(spec, config.batch_size, smallest) if fixed_shapes else None
+        spreads = SIZES[-1:] if one_size or self._world.size > 1 else SIZES
+        self.capacities = fixed_capacities(spec, config.batch_size, smallest, spreads) if fixed_shapes else None
         self._rows = TokenRows(store, device, resident=resident) if fixed_shapes else None
         self._next: _Dealt | None = None
 
+    @property
+    def capacity(self) -> tuple[int, int] | None:
+        """(inputs, targets) of the largest of those shapes; None where they are as the tokens have it."""
+        return None if self.capacities is None else self.capacities.largest
+
     def step(self, position: int) -> StepBatches:
         """The step that starts at a position."""
-        if self.capacity is None:
+        if self.capacities is None:
             return self._ragged(position)
         self.prepare(position)
         dealt, self._next = self._next, None
@@ -109,7 +118,7 @@ class TrainBatches:
 
     def prepare(self, position: int) -> None:
         """Deal the samples of the step at a position ahead of its `step`, while the device is busy with another."""
-        if self.capacity is None or (self._next is not None and self._next.position == position):
+        if self.capacities is None or (self._next is not None and self._next.position == position):
             return
         ids = np.arange(position, position + self._schedule.samples_per_step)
         inputs, targets = drawn_counts(self._spec, seed=self._config.seed, sample_ids=ids)
@@ -121,26 +130,31 @@ class TrainBatches:
 
     def _deal(self, tokens: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """`deal` of a step's samples, tokens (S, 2), to the micro-batches of this rank."""
-        assert self.capacity is not None
+        assert self.capacities is not None
         size, share = self._config.batch_size, range(self._all)[self._share()]
-        mine, capacity = [], np.array(self.capacity)
+        mine, needed = [], np.zeros(2, dtype=np.int64)
         for group in self._groups:
             wanted = [place for place, micro_batch in enumerate(group) if micro_batch in share]
             if wanted:
                 first = int(group[0]) * size
-                dealt, fitting = deal(tokens[first : first + len(group) * size], len(group), self.capacity)
+                theirs = tokens[first : first + len(group) * size]
+                dealt, fitting = deal(theirs, len(group), self.capacities.fitting(*theirs.sum(0) / len(group)))
                 mine.append(first + dealt[wanted])
-                capacity = np.maximum(capacity, fitting)
-        return np.concatenate(mine), (int(capacity[0]), int(capacity[1]))
+                needed = np.maximum(needed, fitting)
+        return np.concatenate(mine), self.capacities.fitting(int(needed[0]), int(needed[1]))
 
-    def example(self, position: int) -> MaskedBatch:
-        """A micro-batch of the usual capacity, from the step at a position or the next that fits it."""
-        for _ in range(64):  # about one step in 370 does not
+    def examples(self, position: int) -> list[MaskedBatch]:
+        """A micro-batch of each size, the largest last: of the step at a position, or the next that fits the least."""
+        assert self.capacities is not None
+        smallest, *larger = self.capacities.pairs()
+        for _ in range(64):  # about one step in four does, one in 370 where there is only one size does not
             self.prepare(position)
-            if self._next is not None and self._next.capacity == self.capacity:
-                return next(self.step(position).micro_batches).masked
+            dealt, self._next = self._next, None
+            if dealt is not None and dealt.capacity == smallest:
+                alike = [replace(dealt, capacity=pair) for pair in (smallest, *larger)]
+                return [next(self._fixed(one).micro_batches).masked for one in alike]
             position += self._schedule.samples_per_step
-        raise RuntimeError(f"no step of 64 fits the capacity {self.capacity} that was worked out for this recipe")
+        raise RuntimeError(f"no step of 64 fits the capacity {smallest} that was worked out for this recipe")
 
     def _fixed(self, dealt: _Dealt) -> StepBatches:
         assert self._rows is not None

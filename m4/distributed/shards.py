@@ -26,6 +26,11 @@ def like(whole: Tensor, model: Tensor) -> Tensor:
     )
 
 
+def rows_below(count: int, tensor: Tensor) -> int:
+    """How many of the first ``count`` rows of a tensor are in this rank's part; they are the first of that part."""
+    return int((local_part(like(torch.arange(len(tensor)), tensor)) < count).sum())
+
+
 @torch.no_grad()
 def gathered(tree: Any, keep: bool) -> Any:
     """A tree of dicts, lists and tuples with every divided tensor whole, in the memory of the host.

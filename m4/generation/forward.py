@@ -19,7 +19,6 @@ class Places:
     def __init__(self, layout: RowLayout, device: torch.device) -> None:
         self.layout = layout
         self.modality, self.position = layout.modality_ids().to(device), layout.positions().to(device)  # (L,)
-        self._one_hot = torch.nn.functional.one_hot(self.modality, len(layout.modalities))
 
     def of(self, names: Sequence[str]) -> Tensor:
         """bool (L,): the places of these modalities."""
@@ -29,7 +28,8 @@ class Places:
     def pack(self, tokens: Tensor, chosen: Tensor) -> PackedTokens:
         """The chosen (bool (B, L)) of tokens (int64 (B, L)), sample after sample."""
         place = chosen.nonzero()[:, 1]
-        segments = Segments.from_counts(chosen.long() @ self._one_hot)
+        counts = torch.zeros(len(chosen), len(self.layout.modalities), dtype=torch.int64, device=chosen.device)
+        segments = Segments.from_counts(counts.index_add_(1, self.modality, chosen.long()))
         return PackedTokens(tokens[chosen], self.position[place], self.modality[place], segments)
 
 

@@ -2,7 +2,7 @@
 
 Logits are computed for some rows and some ids at a time, and what is kept of them is small: the likeliest id and the
 probability of all ids together. To draw an id, first a stretch of ids is drawn by its probability, then an id of it,
-whose logits are computed once more; the median of a scale is the draw of 1/2. Only top-k and top-p sort whole rows.
+whose logits are computed once more; the median of a scale is the draw of 1/2. Only top-k and top-p take whole rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ MIN_ROWS = 16
 # Rows and ids that are held at once: on a CPU 4 MB, which stays in the cache (64 x 8192 takes a quarter more, others of
 # this size make no difference; EPYC of Zen 5, 2026-11-26); on a GPU 256 MB.
 _BLOCKS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
-_SORTED_BYTES = 1 << 25  # of logits of whole rows, which top-k and top-p need; sorting them takes five times as much
+_RANKED_BYTES = 1 << 25  # of logits of whole rows, which top-k and top-p need; ranking them takes a few times as much
+_RANKED = (256, 4096)  # likeliest ids that top-p looks at before it ranks all
 _COLDEST = 1e-6  # temperatures below are as this one: nothing but the likeliest id is left
 
 
@@ -195,17 +196,39 @@ def _first_above(p: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _among_the_likeliest(x: Tensor, weight: Tensor, rule: Rule, at: Tensor) -> tuple[Tensor, Tensor]:
     """Draws among the ids that top-k and top-p leave; as `choose`."""
     ids, log_p = torch.empty(len(x), dtype=torch.int64, device=x.device), torch.empty_like(at)
-    count = len(weight) if rule.top_k is None else min(rule.top_k, len(weight))
-    temperature = max(rule.temperature, _COLDEST)
-    for rows in _row_blocks(len(x), max(MIN_ROWS, _SORTED_BYTES // (4 * len(weight)))):
+    for rows in _row_blocks(len(x), max(MIN_ROWS, _RANKED_BYTES // (4 * len(weight)))):
         logits = _product(x[rows], weight)
-        ranked, order = logits.topk(count) if rule.top_k is not None else logits.sort(dim=-1, descending=True)
-        p = (ranked.double() / temperature).softmax(-1)
+        drawn, logit = _from_nucleus(logits, rule, at[rows])
+        ids[rows], log_p[rows] = drawn, logit.double() - logits.double().logsumexp(-1)
+    return ids, log_p
+
+
+def _from_nucleus(logits: Tensor, rule: Rule, at: Tensor) -> tuple[Tensor, Tensor]:
+    """(id, logit) of each row (T, V), drawn at ``at`` among those that the rule leaves.
+
+    Without top-k the likeliest ids are ranked a few at first: a row is done as soon as they have the probability top-p,
+    whatever the others need.
+    """
+    temperature, every = max(rule.temperature, _COLDEST), logits.shape[1]
+    # Of the probabilities that top-p adds up: of all ids, or of the top-k.
+    counts = (*(count for count in _RANKED if count < every), every) if rule.top_k is None else (rule.top_k,)
+    scaled = logits if rule.top_k is None else logits.topk(min(rule.top_k, every)).values
+    total = (scaled.double() / temperature).logsumexp(-1, keepdim=True)
+    ids, chosen = torch.empty(len(at), dtype=torch.int64, device=at.device), torch.empty_like(logits[:, 0])
+    waiting = torch.arange(len(at), device=at.device)
+    for count in counts:
+        ranked, order = logits[waiting].topk(min(count, every))
+        p = (ranked.double() / temperature - total[waiting]).exp()
+        sums = p.cumsum(-1)
         # An id is left where those before it do not have the probability yet; the first always is.
-        left = p.cumsum(-1) - p < rule.top_p
+        left = sums - p < rule.top_p
         left[:, 0] = True
         p = torch.where(left, p, 0.0)
-        place, _ = _first_above(p, at[rows] * p.sum(-1))
-        ids[rows] = order.gather(-1, place[:, None])[:, 0]
-        log_p[rows] = ranked.gather(-1, place[:, None])[:, 0].double() - logits.double().logsumexp(-1)
-    return ids, log_p
+        place, _ = _first_above(p, at[waiting] * p.sum(-1))
+        done = (sums[:, -1] >= rule.top_p) | (count == counts[-1])
+        of = waiting[done]
+        ids[of], chosen[of] = (x.gather(-1, place[:, None])[done, 0] for x in (order, ranked))
+        waiting = waiting[~done]
+        if not len(waiting):
+            break
+    return ids, chosen

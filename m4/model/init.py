@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from m4.modalities import BINS, IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS, NUM_JOINTS, VISIBILITIES, Modality, RowLayout
+from m4.modalities import IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS, NUM_JOINTS, VISIBILITIES, Modality, RowLayout
 from m4.model.config import ModelConfig
 from m4.model.layers import POSITION_BASE, CrossAttention, SelfAttention
 
@@ -237,7 +237,7 @@ def _vocabulary(model: Weights, space: Space, of_output: float, code_levels: Seq
         embedding[first : first + len(rows)] = TOKEN_STD * math.sqrt(dim) * rows
         output[first : first + len(rows)] = logit / (of_output * math.sqrt(dim)) * rows
 
-    bins = min(BINS, vocab_sizes.get("joints", 0))
+    bins = layout.bins
     if bins:
         set_rows(0, bin_features(bins), WAVES_LOGIT + OWN_LOGIT)
         # Visibility is no scale, and as bins its ids would be neighbours.

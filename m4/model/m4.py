@@ -16,7 +16,7 @@ from m4.device import total_memory
 from m4.modalities import IMAGE_LEVELS
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
-from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm
+from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm, normed
 from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear, linear_cross_entropy
 
@@ -151,7 +151,8 @@ class M4(nn.Module):
     def encode(self, visible: PackedTokens) -> tuple[Tensor, Tensor]:
         """(encoder output (T_enc, D), position embedding (T_enc, D)) of visible tokens."""
         x, positions = self.embed_inputs(visible)
-        return self.enc_norm(self.encoder(x, visible.segments, self.allow_encoder)), positions
+        x, update = self.encoder(x, visible.segments, self.allow_encoder)
+        return normed(self.enc_norm, x, update)[0], positions
 
     def context(self, visible: PackedTokens) -> Tensor:
         """What the decoder reads of visible tokens (T_enc, D)."""
@@ -160,7 +161,7 @@ class M4(nn.Module):
 
     def answer(self, targets: PackedTokens, context: Tensor, context_segments: Segments) -> Tensor:
         """Decoder output (T_dec, D) for every target, from the `context` of visible tokens."""
-        y = self.decoder(
+        y, update = self.decoder(
             self.embed_queries(targets),
             context,
             targets.segments,
@@ -168,7 +169,8 @@ class M4(nn.Module):
             self.allow_decoder,
             self.allow_cross,
         )
-        return self.dec_norm(y)
+        # In the stream's dtype under autocast too: the loss rounds what it multiplies, and its gradient is not rounded.
+        return normed(self.dec_norm, y, update, y.dtype)[0]
 
     def vocab_limit(self, tokens: PackedTokens) -> Tensor | None:
         """Classes of each token's modality (T,), None where all modalities have the whole vocabulary."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from m4.config import TrainConfig
 from m4.distributed.shards import like
 from m4.errors import ConfigError
+from m4.modalities import RowLayout
 from m4.training.adamw import AdamW, scale_gradients
 
 MUON_MOMENTUM = 0.95
+# A group has these rates, each times its scale: "bins_lr" is that of the first rows, which are coordinate bins.
+RATES = {"lr": "lr_scale", "bins_lr": "bins_lr_scale"}
 VOCABULARY = ("enc_tok_emb.weight", "to_logits.weight")  # a row for every id
 TRUNK = ("encoder.blocks.", "decoder.blocks.")
 
@@ -91,13 +95,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAda
     "Muon is Scalable for LLM Training", 2025), so both have the learning rate and weight decay of the configuration.
 
     The rows of the vocabulary (token embedding and output layer) have a group of their own where their learning rate
-    is another, ``config.vocab_lr_scale`` times the rate.
+    is another, ``config.vocab_lr_scale`` times the rate; those of coordinate bins ``config.coords_lr_scale`` times it.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and name.startswith(TRUNK)] if config.optimizer == "muon" else []
     taken = {id(p) for p in matrices}
     weights = [(name, p) for name, p in named if p.ndim >= 2 and id(p) not in taken]
-    apart = VOCABULARY if config.vocab_lr_scale != 1 else ()
+    of_bins = config.coords_lr_scale if config.coords_lr_scale != config.vocab_lr_scale else None
+    bins = {"bins": RowLayout.of(config).bins, "bins_lr": config.lr, "bins_lr_scale": of_bins} if of_bins else {}
+    apart = VOCABULARY if config.vocab_lr_scale != 1 or bins else ()
     groups = [
         {"params": [p for name, p in weights if name not in apart], "weight_decay": config.weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
@@ -105,6 +111,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAda
             "params": [p for name, p in weights if name in apart],
             "weight_decay": config.weight_decay,
             "lr_scale": config.vocab_lr_scale,
+            **bins,
         },
     ]
     groups = [group for group in groups if group["params"]]
@@ -112,13 +119,25 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAda
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of every group, times its ``lr_scale``; in place where it is a tensor, which a captured step reads."""
-    for group in optimizer.param_groups:
-        scaled = rate * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(scaled)
+    """The `RATES` of every group, times their scales; in place where one is a tensor, which a captured step reads."""
+    for group, name in _rates(optimizer):
+        scaled = rate * group.get(RATES[name], 1.0)
+        if isinstance(group[name], torch.Tensor):
+            group[name].fill_(scaled)
         else:
-            group["lr"] = scaled
+            group[name] = scaled
+
+
+def keep_rates_on(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Make the rates tensors on the device, but for those that are read on the host."""
+    for group, name in _rates(optimizer):
+        if not group.get("lr_on_host"):
+            group[name] = torch.zeros((), device=device)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], str]]:
+    """The groups, and names of the rates that each has."""
+    return ((group, name) for group in optimizer.param_groups for name in RATES if name in group)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """One optimiser step: forward and backward of its micro-batches, clipping, AdamW; captured as CUDA graphs on a GPU.
 
 The step is three functions of static tensors, `_first` and `_next` micro-batch and `_update`, which never ask the
-device for a value. Run one after another they are an eager step; recorded they are three graphs to replay. What the
-host wants to know is kept on the device until `read`. A loss or gradient that is not finite is noticed there too
-(`m4.training.guard`): the optimiser then leaves parameters and moments as they are.
+device for a value. Run one after another they are an eager step; recorded they are three graphs to replay, for each
+shape. What the host wants to know is kept on the device until `read`. A loss or gradient that is not finite is noticed
+there too (`m4.training.guard`): the optimiser then leaves parameters and moments as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from m4.training.ema import AveragedWeights
 from m4.training.exchange import Exchange
 from m4.training.graphs import Function, Recorder
 from m4.training.guard import Guard, NotFinite
-from m4.training.optimizer import MuonAndAdamW, set_learning_rate
+from m4.training.optimizer import MuonAndAdamW, keep_rates_on, set_learning_rate
 from m4kernels import MaskedBatch
 from m4kernels.ops.linear import copies
 from m4kernels.processor import slow_bf16
@@ -109,6 +110,15 @@ class Figures:
     accuracies: Sequence[float] = ()  # (M,), shares of right predictions in the last step; () where it stops the run
 
 
+class _Recorded(NamedTuple):
+    """A step as it was recorded for one shape."""
+
+    batch: MaskedBatch  # the static one, whose values the functions read
+    first: Function
+    further: Function | None  # of the micro-batches after the first; None where there is none
+    update: Function
+
+
 class TrainStep:
     """Runs optimiser steps: `start`, a `micro_batch` for each, `update`; `read` when the host wants to know.
 
@@ -119,8 +129,8 @@ class TrainStep:
         config: the run.
         device: where the model is.
         execution: how steps run.
-        capacity: (inputs, targets) of the usual micro-batch, if there is one. A larger one runs uncompiled: compiling
-            takes longer than the few steps that need it.
+        capacity: (inputs, targets) of the micro-batch that a compiled forward pass is for, if for one. Another runs
+            uncompiled: compiling takes longer than the few steps that need it.
         averaged: of the model's weights, to be kept up to date.
         exchange: between the ranks of the run.
         micro_batches: of a step and rank.
@@ -157,37 +167,38 @@ class TrainStep:
         self._fresh_scaling = self._scaler.state_dict()
         self._one = torch.ones((), device=device)
         self._guard = Guard(modalities, config.skip_non_finite, device)
-        self._batch: MaskedBatch | None = None  # the static one
-        self._recorded: dict[str, Function] = {}
+        self._recorded: list[_Recorded] = []  # one for each shape; the gradients of the last are the parameters'
+        self._replayed: _Recorded | None = None  # that of this step, if it is one
         self._done = 0  # micro-batches of this step
         self._launched = 0  # steps that the device was given since the last `read`
         optimizer.found_inf = self._guard.found_inf
         if execution.asynchronous:  # the rate, too, is read on the device
-            for group in optimizer.param_groups:
-                if not group.get("lr_on_host"):
-                    group["lr"] = torch.zeros((), device=device)
+            keep_rates_on(optimizer, device)
 
-    def record(self, batch: MaskedBatch, recorder: Recorder) -> None:
-        """Record the step for micro-batches of the shapes of `batch`; parameters and moments stay as they are.
+    def record(self, batches: Sequence[MaskedBatch], recorder: Recorder) -> None:
+        """Record the step for micro-batches of the shapes of each batch; parameters and moments stay as they are.
+
+        What is recorded for one shape has gradients of its own, which `update` alone reads: so those of one may lie
+        where those of another did.
 
         Args:
-            batch: any batch; its values are used for warming up.
+            batches: their values are used for warming up.
             recorder: `CudaGraphs`, or what stands for it where there is no GPU.
         """
-        self._batch = batch.clone()
-        self._counts.copy_(batch.decoder.segments.counts.sum(0).clamp(min=1))
         scaling = self._scaler.state_dict()
         self._guard.close()  # so that warming up updates nothing, yet makes the optimiser's moments
-        for function in (self._first, self._next, self._update, self._first, self._next):
-            recorder.warm_up(function)
-        self._optimizer.zero_grad(set_to_none=True)
-        for group in self._optimizer.param_groups:
-            group["capturable"] = True
-        recorded = {"first": recorder.record(self._first)}
-        if self._micro_batches > 1:
-            recorded["next"] = recorder.record(self._next)
-        recorded["update"] = recorder.record(self._update)
-        self._recorded = recorded
+        for batch in batches:
+            static = batch.clone()
+            first, further = partial(self._first, static), partial(self._next, static)
+            self._counts.copy_(batch.decoder.segments.counts.sum(0).clamp(min=1))
+            for function in (first, further, self._update, first, further):
+                recorder.warm_up(function)
+            self._optimizer.zero_grad(set_to_none=True)
+            for group in self._optimizer.param_groups:
+                group["capturable"] = True
+            replay = recorder.record(first)
+            replay_further = recorder.record(further) if self._micro_batches > 1 else None
+            self._recorded.append(_Recorded(static, replay, replay_further, recorder.record(self._update)))
         self._guard.open()
         self._scaler.load_state_dict(scaling)
         self._sums.zero_()
@@ -217,12 +228,17 @@ class TrainStep:
         copies.begin()  # weights stay as they are until `update`
 
     def micro_batch(self, batch: MaskedBatch) -> None:
-        """Forward and backward."""
-        recorded = self._recorded.get("next" if self._done else "first")
-        if recorded is not None and self._batch is not None and batch.has_shapes_of(self._batch):
-            for static, given in zip(self._batch.tensors(), batch.tensors(), strict=True):
-                static.copy_(given)
-            recorded()
+        """Forward and backward; all of a step have the same shapes."""
+        if not self._done:
+            known = (recorded for recorded in self._recorded if batch.has_shapes_of(recorded.batch))
+            self._replayed = next(known, None)
+        if self._replayed is not None:
+            static, function = self._replayed.batch, self._replayed.further if self._done else self._replayed.first
+            if function is None or not batch.has_shapes_of(static):
+                raise ValueError("the micro-batches of a step must have the same shapes, and be as many as was said")
+            for of_graph, given in zip(static.tensors(), batch.tensors(), strict=True):
+                of_graph.copy_(given)
+            function()
         else:
             if not self._done:  # graphs know the gradients by their addresses
                 self._optimizer.zero_grad(set_to_none=not self._recorded)
@@ -234,7 +250,9 @@ class TrainStep:
         """Clip and update, unless something was not finite."""
         copies.end()
         self._exchange.finish(self._sums)
-        self._recorded.get("update", self._update)()
+        recorded = self._replayed or (self._recorded[-1] if self._recorded else None)
+        update = self._update if recorded is None else recorded.update
+        update()
         self._launched += 1
 
     def read(self) -> Figures | None:
@@ -259,15 +277,13 @@ class TrainStep:
         if not self._recorded:
             self._optimizer.zero_grad(set_to_none=True)
 
-    def _first(self) -> None:
+    def _first(self, batch: MaskedBatch) -> None:
         # Without gradients to add to, the backward pass hands over its own, which a graph then writes anew each time.
         self._optimizer.zero_grad(set_to_none=True)
-        assert self._batch is not None
-        self._forward_backward(self._batch, first=True)
+        self._forward_backward(batch, first=True)
 
-    def _next(self) -> None:
-        assert self._batch is not None
-        self._forward_backward(self._batch, first=False)
+    def _next(self, batch: MaskedBatch) -> None:
+        self._forward_backward(batch, first=False)
 
     def _forward_backward(self, batch: MaskedBatch, *, first: bool, last: bool = False) -> None:
         usual = self._capacity in (None, (len(batch.encoder.ids), len(batch.decoder.ids)))

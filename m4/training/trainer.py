@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 
 import numpy as np
 import torch
@@ -104,6 +105,7 @@ class Trainer:
                 self.schedule,
                 device,
                 fixed_shapes=fixed,
+                one_size=config.compile,
                 resident=resident,
                 mirror=mirror,
                 world=world,
@@ -330,8 +332,9 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         samples, ranks = (len(self.stores.train), len(self.stores.evaluation)), self.world.size
         announce(self.config, self.schedule, self.device, parameters=parameters, samples=samples, ranks=ranks)
-        if self.batches.capacity:
-            log.info("micro-batches of %d input and %d target tokens", *self.batches.capacity)
+        if self.batches.capacities:
+            sizes = [" or ".join(map(str, side)) for side in astuple(self.batches.capacities)]
+            log.info("micro-batches of %s input and %s target tokens", *sizes)
 
     def prepare(self) -> None:
         """What happens once before the first step: checks, an estimate of the time, recording, the clock."""
@@ -351,8 +354,8 @@ class Trainer:
         self._checked_at = time.monotonic()
 
     def record(self, recorder: Recorder) -> None:
-        """Record the step with a batch of the usual shapes; parameters and moments stay as they are."""
-        self.step.record(self.batches.example(self.state.position), recorder)
+        """Record the step for batches of each size; parameters and moments stay as they are."""
+        self.step.record(self.batches.examples(self.state.position), recorder)
 
     @contextmanager
     def closing(self) -> Iterator[None]:

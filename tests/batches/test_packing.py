@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from m4.batches.packing import GRANULE, deal, drawn_counts, fixed_capacity, round_up
+from m4.batches.packing import GRANULE, Capacities, deal, drawn_counts, fixed_capacities, round_up
 from m4kernels import MaskingSpec, mask_tokens
 from m4kernels.cases import M4_MASKING as M4
 
@@ -61,15 +61,37 @@ def test_dealing_refuses_what_cannot_be_divided():
         deal(np.ones((10, 2)), 4, (128, 128))
 
 
-def test_capacity_of_the_recipe():
-    """Close to the mean, wide enough for nearly all steps, and the same on every call."""
-    capacity = fixed_capacity(M4, 96, 5)
-    assert capacity == fixed_capacity(M4, 96, 5)
-    assert all(c % GRANULE == 0 for c in capacity)
+def test_capacities_of_the_recipe():
+    """The largest close to the mean, wide enough for nearly all steps; the same on every call."""
+    capacities = fixed_capacities(M4, 96, 5)
+    assert capacities == fixed_capacities(M4, 96, 5)
+    assert all(c % GRANULE == 0 for side in (capacities.inputs, capacities.targets) for c in side)
     tokens = m4_tokens(10**6, 480 * 20).reshape(20, 480, 2)
     mean = tokens.sum((0, 1)) / (20 * 5)
-    assert (capacity < 1.09 * mean).all()
-    assert sum(deal(step, 5, capacity)[1] != capacity for step in tokens) <= 1
+    assert (capacities.largest < 1.09 * mean).all()
+    assert sum(deal(step, 5, capacities.largest)[1] != capacities.largest for step in tokens) <= 1
     # Never more than the ranges allow, whatever the spread.
     narrow = MaskingSpec((10, 10), (1.0, 1.0), (1.0, 1.0), (10, 10), (4, 4))
-    assert fixed_capacity(narrow, 64, 1) == (640, 256)
+    assert fixed_capacities(narrow, 64, 1) == Capacities((640,), (256,))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 5])
+def test_steps_that_take_the_smallest_size_leave_little_empty(micro_batches):
+    """Less than half of what the largest size alone leaves, in the mean of 60 steps."""
+    capacities = fixed_capacities(M4, 96, micro_batches)
+    tokens = m4_tokens(2 * 10**6, 60 * 96 * micro_batches).reshape(60, 96 * micro_batches, 2)
+    totals = tokens.sum(1) / micro_batches
+    empty = np.array([capacities.fitting(*total) for total in totals]) - totals
+    assert (empty >= 0).all()
+    alone = np.array(capacities.largest) - totals
+    assert (empty.mean(0) < 0.5 * alone.mean(0)).all()
+    assert len(capacities.pairs()) == 9
+
+
+def test_fitting_sizes():
+    capacities = Capacities((128, 256), (128, 512))
+    assert capacities.largest == (256, 512)
+    assert capacities.pairs() == [(128, 128), (128, 512), (256, 128), (256, 512)]
+    assert capacities.fitting(128, 129) == (128, 512)
+    assert capacities.fitting(128.5, 0) == (256, 128)
+    assert capacities.fitting(257, 1000) == (384, 1024)

@@ -19,7 +19,7 @@ def test_peak_does_not_grow_with_the_samples(monkeypatch, settings):
     model = M4(config).eval()
     monkeypatch.setattr(decode, "_ACTIVATION_BYTES", 1 << 18)  # some ten samples at once
     monkeypatch.setattr(sampling, "_BLOCKS", {"cpu": (64, 512)})
-    monkeypatch.setattr(sampling, "_SORTED_BYTES", 1 << 18)
+    monkeypatch.setattr(sampling, "_RANKED_BYTES", 1 << 18)
     decoding = Decoding(steps=2, **settings)
     limits, ordinal = torch.full((4 + TOKENS,), IDS), torch.arange(4 + TOKENS) % 2 > 0
 

@@ -19,7 +19,7 @@ IDS, DRAWS = 23, 2000
 @pytest.fixture(params=[(256, 2048), (7, 4)], ids=["whole", "in pieces"])
 def blocks(request, monkeypatch):
     monkeypatch.setattr(sampling, "_BLOCKS", {"cpu": request.param})
-    monkeypatch.setattr(sampling, "_SORTED_BYTES", 4 * IDS * request.param[0])
+    monkeypatch.setattr(sampling, "_RANKED_BYTES", 4 * IDS * request.param[0])
 
 
 def drawn(rule, limit=IDS, ordinal=False):
@@ -55,6 +55,22 @@ def test_draws_among_the_likeliest(blocks, top_k, top_p):
     expected = torch.zeros_like(p).scatter(0, left, p[left] / p[left].sum())
     assert shares(ids).sub(expected).abs().max() < 1.5 / DRAWS
     assert log_p == pytest.approx(logits.log_softmax(-1)[ids], abs=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.99, 1 - 1e-9])
+def test_few_ids_are_ranked_at_first_and_all_where_they_are_needed(monkeypatch, top_p):
+    """Rows from nearly sure to nearly even get the same ids, whatever is ranked first and whatever is beside them."""
+    g = torch.Generator().manual_seed(5)
+    y, weight = torch.randn(40, 6, generator=g) * torch.logspace(-2, 1, 40)[:, None], torch.randn(500, 6, generator=g)
+    at, limits = torch.rand(40, generator=g, dtype=torch.float64), torch.full((40,), 500)
+    found = []
+    for counts in ((), (3,), (2, 50)):
+        monkeypatch.setattr(sampling, "_RANKED", counts)
+        found.append(choose(y, weight, limits, limits < 0, Rule(1.0, top_p=top_p), at).ids)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    few = choose(y[:7], weight, limits[:7], limits[:7] < 0, Rule(1.0, top_p=top_p), at[:7]).ids
+    assert torch.equal(few, found[0][:7])
 
 
 @pytest.mark.parametrize("limit", [IDS, 5, 1])

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from m4kernels import (
+    add_layer_norm,
     cross_modal_attention,
     dequantize_coords,
+    layer_norm,
     linear_cross_entropy,
     mask_tokens,
     quantize_coords,
@@ -120,6 +122,28 @@ def test_linear_cross_entropy(backend: str, device: str, limited: bool, dtype: t
         leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
         out = linear_cross_entropy(*leaves, targets, vocab_limit=limit if limited else None, backend=backend)
         return [out.loss.detach(), out.nll, out.correct, *torch.autograd.grad(out.loss, leaves)]
+
+    assert_ten_times_the_same(run)
+
+
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize(("backend", "device"), on_cuda("triton", "cuda"))
+def test_layer_norm(backend: str, device: str, added: bool) -> None:
+    require("layer_norm", backend, device)
+    g = torch.Generator().manual_seed(0)
+    x, grad_total = torch.randn(2, 13_312, 640, generator=g).to(device)
+    update, grad = torch.randn(2, 13_312, 640, generator=g).to(device, torch.bfloat16)
+    weight = torch.rand(640, generator=g).to(device)
+
+    def run() -> list[Tensor]:
+        leaves = [value.detach().requires_grad_() for value in (x, weight, update)]
+        if added:
+            found = add_layer_norm(leaves[0], leaves[2], leaves[1], out_dtype=torch.bfloat16, backend=backend)
+            gradients = torch.autograd.grad(found, leaves, (grad, grad_total))
+        else:
+            found = (layer_norm(*leaves[:2], out_dtype=torch.bfloat16, backend=backend),)
+            gradients = torch.autograd.grad(found, leaves[:2], (grad,))
+        return [*(value.detach() for value in found), *gradients]
 
     assert_ten_times_the_same(run)
 

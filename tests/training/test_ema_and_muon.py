@@ -184,7 +184,7 @@ def test_updates_are_those_of_the_two_optimizers(config):
 
 
 def test_muon_resumes_to_the_same_bits(config):
-    straight = _muon(config, run_name="straight", vocab_lr_scale=0.5)
+    straight = _muon(config, run_name="straight", vocab_lr_scale=0.5, coords_lr_scale=2.0)
     assert Trainer(straight).run("command") == 0
     pieces = dataclasses.replace(straight, run_name="pieces")
     assert Trainer(dataclasses.replace(pieces, stop_after_steps=3)).run("command") == 0

@@ -9,8 +9,8 @@ import torch
 from m4.build import build_model
 from m4.config import ModelSection, TrainConfig
 from m4.schedule import learning_rate
-from m4.training.adamw import BETAS, EPS, clip_factor
-from m4.training.optimizer import build_optimizer, load_optimizer_state, set_learning_rate
+from m4.training.adamw import BETAS, EPS, AdamW, clip_factor
+from m4.training.optimizer import build_optimizer, keep_rates_on, load_optimizer_state, set_learning_rate
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_checkpoints_of_before_still_have_the_groups_of_a_common_rate():
 
 def _small(**changes):
     model = ModelSection(dim=32, enc_depth=1, dec_depth=1, head_dim=16)
-    return TrainConfig(vocab_sizes=[50] * 4, vocab_lr_scale=0.25, model=model, **changes)
+    return TrainConfig(**{"vocab_sizes": [50] * 4, "vocab_lr_scale": 0.25, "model": model, **changes})
 
 
 def _give_gradients(model, step):
@@ -134,3 +134,101 @@ def test_parameters_without_a_gradient_stay():
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (name == "dec_mod_emb.weight"), name
         assert (p in optimizer.state) == (name != "dec_mod_emb.weight"), name
+
+
+BINS = 20  # of 50 rows
+
+
+def _of_bins(**changes):
+    return _small(**{"vocab_sizes": [50, BINS] * 2, "coords_lr_scale": 2.0, **changes})
+
+
+def _halves(model, rows):
+    """A model's parameters as ones of their own; the vocabulary's two as rows of bins and rows of others."""
+    found = {}
+    for name, p in model.named_parameters():
+        cuts = {f"{name} bins": p[:rows], f"{name} others": p[rows:]} if _is_vocabulary(name) else {name: p}
+        found |= {key: torch.nn.Parameter(part.detach().clone()) for key, part in cuts.items()}
+    return found
+
+
+def _is_vocabulary(name):
+    return name in ("enc_tok_emb.weight", "to_logits.weight")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("tensor_rates", [False, True])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_rows_of_bins_are_updated_as_parameters_of_their_own(kernels, tensor_rates, optimizer):
+    """To the bit: with 0.5 and 0.25 times the rate beside 1. A step that may not update leaves them, and its count."""
+    recipe = _of_bins(kernels=kernels, coords_lr_scale=0.5, optimizer=optimizer)
+    model = build_model(recipe, torch.device("cpu"))
+    ours = build_optimizer(model, recipe)
+    if tensor_rates:
+        keep_rates_on(ours, torch.device("cpu"))
+    parts = _halves(model, BINS)
+    names = [name for name in parts if optimizer == "adamw" or ".blocks." not in name or parts[name].ndim < 2]
+    theirs = AdamW(
+        [
+            {
+                "params": [parts[name]],
+                "weight_decay": 0.05 if parts[name].ndim >= 2 else 0.0,
+                "lr_scale": 0.5 if name.endswith(" bins") else 0.25 if name.endswith(" others") else 1.0,
+            }
+            for name in names
+        ],
+        recipe,
+    )
+    for step in range(4):
+        blocked = torch.tensor(float(step == 2))
+        _give_gradients(model, step)
+        for name, p in model.named_parameters():
+            if _is_vocabulary(name):
+                parts[f"{name} bins"].grad, parts[f"{name} others"].grad = (
+                    part.clone() for part in (p.grad[:BINS], p.grad[BINS:])
+                )
+            else:
+                parts[name].grad = p.grad.clone()
+        for one in (ours, theirs):
+            one.found_inf, one.grad_factor = blocked, torch.tensor(0.5)
+            set_learning_rate(one, 0.01 / (step + 1))
+            one.step()
+        now = _halves(model, BINS)
+        for name in names:
+            assert torch.equal(now[name], parts[name]), (step, name)
+        for name, p in model.named_parameters():
+            if _is_vocabulary(name):
+                assert ours.state[p]["step"] == step + (step < 2)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    halves = [theirs.state[parts[f"{name} {half}"]][moment] for half in ("bins", "others")]
+                    assert torch.equal(ours.state[p][moment], torch.cat(halves))
+
+
+@pytest.mark.parametrize("bins", [BINS, 50])
+def test_a_rate_for_bins_changes_no_state(bins):
+    """Entries and shapes are those of a run without; and those settings of the groups."""
+    saved = []
+    for scale in (None, 0.5):
+        recipe = _of_bins(coords_lr_scale=scale, vocab_sizes=[50, bins] * 2)
+        model = build_model(recipe, torch.device("cpu"))
+        optimizer = build_optimizer(model, recipe)
+        _update(model, optimizer, 0, 1.0)
+        saved.append(optimizer.state_dict())
+    shapes = [{n: {kind: v.shape for kind, v in s.items()} for n, s in one["state"].items()} for one in saved]
+    assert shapes[0] == shapes[1]
+    assert all(state["step"] == 1 for state in saved[1]["state"].values())
+    assert [group["params"] for group in saved[0]["param_groups"]] == [g["params"] for g in saved[1]["param_groups"]]
+    assert not any("bins" in key for group in saved[0]["param_groups"] for key in group)
+    assert saved[1]["param_groups"][-1]["bins"] == bins
+
+
+def test_a_rate_for_bins_as_the_vocabularys_is_none():
+    """And with ``vocab_lr_scale`` 1 the rows have a group of their own."""
+    assert not any("bins" in group for group in _groups(_of_bins(coords_lr_scale=0.25)))
+    groups = _groups(_of_bins(vocab_lr_scale=1.0))
+    assert [group.get("bins") for group in groups] == [None, None, BINS]
+    assert [group["lr_scale"] for group in groups[2:]] == [1.0]
+
+
+def _groups(recipe):
+    return build_optimizer(build_model(recipe, torch.device("cpu")), recipe).param_groups

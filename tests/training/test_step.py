@@ -92,6 +92,39 @@ def test_recorded_functions_are_the_step(config, accumulation):
     assert steps == {4}
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_of_several_sizes(config, accumulation, monkeypatch):
+    """Each is recorded; which of them a step takes follows from its tokens; the bits are those of steps as they are."""
+    monkeypatch.setattr(m4.batches.packing, "GRANULE", 4)
+    config.global_batch_size = 4 * accumulation
+    plain, recorder = Steps(config), PlainRecorder()
+    recorded = Steps(config).record(recorder)
+    pairs = recorded.batches.capacities.pairs()
+    assert len(pairs) > 3
+    assert recorder.recorded == len(pairs) * (2 + (accumulation > 1))
+    taken = set()
+    usual = type(recorded.step).micro_batch
+
+    def micro_batch(step, batch):
+        taken.add((len(batch.encoder.ids), len(batch.decoder.ids)))
+        usual(step, batch)
+
+    monkeypatch.setattr(type(recorded.step), "micro_batch", micro_batch)
+    assert plain.run(12) == recorded.run(12)
+    assert len(taken & set(pairs)) > 2
+    assert_same(plain.weights(), recorded.weights(), rtol=0, atol=0)
+
+
+def test_micro_batches_of_a_recorded_step_have_one_shape(config, monkeypatch):
+    monkeypatch.setattr(m4.batches.packing, "GRANULE", 4)
+    setup = Steps(config).record(PlainRecorder())
+    small, *_, large = setup.batches.examples(0)
+    setup.step.start(setup.batches.step(0).counts, 1e-3)
+    setup.step.micro_batch(small)
+    with pytest.raises(ValueError, match="must have the same shapes"):
+        setup.step.micro_batch(large)
+
+
 def test_a_step_that_does_not_fit_runs_at_a_larger_capacity(config, monkeypatch):
     """Through the model as it is, not through its compiled form, which is for one shape."""
     config.compile, compiled = True, []

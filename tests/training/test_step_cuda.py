@@ -19,6 +19,7 @@ from tests.training.step_setup import Steps, assert_same, logged_losses, needs_c
         {},
         {"dtype": "bf16"},
         {"global_batch_size": 4},
+        {"vocab_lr_scale": 0.5, "coords_lr_scale": 2.0},
         {"kernels": "reference"},
         {"batch_size": 128, "global_batch_size": 512},  # more than 4,096 tokens: other kernels for embedding gradients
         {"compile": True, "dtype": "bf16"},

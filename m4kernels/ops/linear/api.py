@@ -8,17 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m4kernels import _checks, _ext
-from m4kernels._library import Op, is_batched
+from m4kernels._library import Op, constant_when_traced, is_batched
 from m4kernels.dispatch import AUTO, Dispatcher
 from m4kernels.ops.linear.arguments import OP, LinearArguments, LinearBackend, Wanted
 from m4kernels.processor import has_amx, slow_bf16
-
-
-def _constant_when_traced(function: Any) -> Any:
-    """`torch.compiler.assume_constant_result`, but that imports Dynamo and Triton, which takes every start seconds."""
-    function._dynamo_marked_constant = True
-    return function
-
 
 dispatcher: Dispatcher[LinearBackend] = Dispatcher(OP, ("cpp", "reference"), LinearBackend)
 
@@ -93,12 +86,12 @@ def own_products_serve(call: LinearArguments) -> bool:
     return large or (call.operand_dtype == torch.bfloat16 and not _has_fast_bf16())
 
 
-@_constant_when_traced
+@constant_when_traced
 def _named(backend: str) -> str:
     return dispatcher.named(backend)
 
 
-@_constant_when_traced
+@constant_when_traced
 def why_not_own_products(dtype: torch.dtype) -> str | None:
     """Why the automatic choice never takes the backend cpp for operands of float32, of bfloat16, on this machine; None
     where it does."""
@@ -111,7 +104,7 @@ def why_not_own_products(dtype: torch.dtype) -> str | None:
     return None if level in OWN_LEVELS[dtype] else f"at the SIMD level {level} PyTorch's products are as fast"
 
 
-@_constant_when_traced
+@constant_when_traced
 def _has_fast_bf16() -> bool:
     return slow_bf16() is None
 

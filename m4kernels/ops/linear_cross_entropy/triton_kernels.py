@@ -6,22 +6,10 @@ matrix products run over the whole width. A row's memory is `pitch` wide, and re
 their gradients are in the operands' dtype, all arithmetic is in float32.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-# Triton's interpreter cuts bfloat16 off where a GPU rounds to nearest even.
-CUTS_OFF = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def _rounded(b_value, dtype: tl.constexpr):
-    if CUTS_OFF and dtype == tl.bfloat16:
-        b_bits = b_value.to(tl.uint32, bitcast=True)
-        b_bits += 0x7FFF + ((b_bits >> 16) & 1)
-        b_value = (b_bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return b_value.to(dtype)
+from m4kernels._triton_kernels import rounded
 
 
 @triton.jit
@@ -99,7 +87,7 @@ def gather_kernel(
         o_column = (start + tl.arange(0, BLOCK)).to(tl.int64)
         o_x = (first + i_row) * stride_x + o_column * stride_x_dim
         b_value = tl.load(x + o_x, mask=(o_column < dim) & m_valid, other=0).to(tl.float32)
-        tl.store(out + i_row * dim + o_column, _rounded(b_value, out.dtype.element_ty), mask=o_column < dim)
+        tl.store(out + i_row * dim + o_column, rounded(b_value, out.dtype.element_ty), mask=o_column < dim)
 
 
 @triton.jit
@@ -150,7 +138,7 @@ def _write_gradient(p_row, i_class, limit, target, width, pitch, top, total, fac
         b_gradient = tl.exp(b_z - shift) * inverse
         b_gradient = tl.where(o_column + i_class == target, b_gradient - 1.0, b_gradient) * factor
         b_gradient = tl.where(o_column < end, b_gradient, 0)  # 0 beyond the limit even where the row is NaN
-        tl.store(p_row + o_column, _rounded(b_gradient, p_row.dtype.element_ty), mask=m_row)
+        tl.store(p_row + o_column, rounded(b_gradient, p_row.dtype.element_ty), mask=m_row)
     for start in range(tl.cdiv(end, BLOCK) * BLOCK, pitch, BLOCK):
         o_column = start + tl.arange(0, BLOCK)
         tl.store(p_row + o_column, tl.zeros([BLOCK], p_row.dtype.element_ty), mask=o_column < pitch)
