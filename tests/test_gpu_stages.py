@@ -90,6 +90,9 @@ def test_our_kernels_are_found() -> None:
     found = kernel_table.our_kernels()
     assert found["whole_rows_kernel"] == found["gather_kernel"] == "linear_cross_entropy"
     assert found["grad_kv_kernel"] == "cross_modal_attention"
+    assert found["norm_forward_kernel"] == "layer_norm"
+    # A profile tells kernels apart by their names.
+    assert [name for name, op in found.items() if " or " in op and name.endswith("_kernel")] == []
 
 
 @rehearsed
@@ -310,11 +313,12 @@ def test_tests_are_ordered_and_what_failed_is_kept(tmp_path: Path) -> None:
     ran = [line.split("::")[1].split()[0] for line in done.stdout.splitlines() if "::" in line and "%]" in line]
     assert ran == ["test_captured", "test_other", "test_compiles", "test_compiled"], done.stdout + done.stderr
     found = records_of(tmp_path / "out")
-    assert [(r["test"], r["when"]) for r in found if r["kind"] == "test"] == [
+    failed = [r for r in found if r["kind"] == "test"]
+    assert [(r["test"], r["when"]) for r in failed] == [
         ("test_broken.py", "collect"),
         ("test_a.py::test_compiles", "call"),
     ]
-    assert any("last words" in line for line in found[1]["lines"])
+    assert any("last words" in line for line in failed[1]["lines"])
     assert (found[-1]["passed"], found[-1]["failed"], found[-1]["how_far"]) == (3, 1, "all")
 
 

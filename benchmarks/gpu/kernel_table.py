@@ -101,7 +101,7 @@ class Table(NamedTuple):
 
 
 def our_kernels() -> dict[str, str]:
-    """Name of a Triton kernel of ours → the op it is of; {} without Triton."""
+    """Name of a Triton kernel of ours → the op it is of, or "a or b" where ops share a name; {} without Triton."""
     found: dict[str, str] = {}
     for op in (module.name for module in pkgutil.iter_modules(m4kernels.ops.__path__)):
         package = importlib.import_module(f"m4kernels.ops.{op}")
@@ -116,7 +116,7 @@ def our_kernels() -> dict[str, str]:
                 # A JITFunction, compiled or interpreted, that is not another module's.
                 function = getattr(value, "fn", None)
                 if hasattr(value, "arg_names") and getattr(function, "__module__", None) == kernels.__name__:
-                    found[name] = op
+                    found[name] = f"{found[name]} or {op}" if name in found else op
     return found
 
 

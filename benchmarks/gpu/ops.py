@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import m4kernels.ops
-from benchmarks import bench_adamw_step, bench_linear
+from benchmarks import bench_adamw_step, bench_layer_norm, bench_linear
 from benchmarks.bench_cross_modal_attention import Layer, layer
 from benchmarks.bench_linear_cross_entropy import Tokens, tokens
 from benchmarks.bench_mask_tokens import Samples, samples
@@ -27,6 +27,7 @@ from benchmarks.gpu.folder import Folder
 from benchmarks.results import machine
 from m4kernels import (
     adamw_step,
+    add_layer_norm,
     cross_modal_attention,
     dequantize_coords,
     embedding,
@@ -100,6 +101,14 @@ def _adamw(inputs: bench_adamw_step.Tensors, backend: str) -> list[Tensor]:
     return [*params, *first, *second]
 
 
+def _norm(inputs: bench_layer_norm.Rows, backend: str) -> list[Tensor]:
+    x, update, weight, grad, grad_total = inputs
+    assert update is not None
+    out = add_layer_norm(x, update, weight, eps=bench_layer_norm.EPS, backend=backend)
+    leaves = (x, update, weight)
+    return [*(y.detach() for y in out), *torch.autograd.grad(out, leaves, (grad.to(out[0].dtype), grad_total))]
+
+
 class Looked(NamedTuple):
     weight: Tensor
     ids: Tensor
@@ -127,6 +136,7 @@ def checks(*, small: bool) -> dict[str, list[Check]]:
     fc2 = partial(bench_linear.layer, rows, 4 * dim, dim, gelu=True, residual=True)
     whole = partial(tokens, count, dim, classes, ignored=0.1)
     limits = partial(tokens, count, dim, classes, limits=(classes, classes // 8))
+    norm = partial(bench_layer_norm.rows, rows, added=True)
     block = partial(bench_adamw_step.tensors, (dim, 3 * dim), (dim,))
     return {
         "quantize_coords": [Check("joints", partial(joints, batch), _quantize)],
@@ -140,6 +150,7 @@ def checks(*, small: bool) -> dict[str, list[Check]]:
             Check("limits", limits, _loss, (HALF,)),
         ],
         "linear": [Check("fc2", fc2, _linear, (HALF, SINGLE))],
+        "layer_norm": [Check("after a sum", norm, _norm, (HALF, SINGLE))],
         "adamw_step": [Check("a block", block, _adamw, (SINGLE,))],
         "embedding": [Check("tokens", partial(_looked, classes, rows), _embedding, (SINGLE,))],
     }

@@ -69,9 +69,10 @@ def layers_of(config: ModelConfig) -> list[Layer]:
 
 
 def rows_of(batches: TrainBatches) -> dict[str, int]:
-    """Packed tokens of each side of a micro-batch, its tail included."""
-    example = batches.example(0)
-    return {"encoder": len(example.encoder.ids), "decoder": len(example.decoder.ids)}
+    """Packed tokens of each side of a micro-batch, its tail included: of the sizes that a run has, the middle one."""
+    assert batches.capacities is not None
+    pairs = batches.capacities.pairs()
+    return dict(zip(("encoder", "decoder"), map(int, pairs[len(pairs) // 2]), strict=True))
 
 
 def products_of(layer: Layer, rows: int, *, wide: bool = False) -> list[Product]:

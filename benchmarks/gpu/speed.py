@@ -12,7 +12,7 @@ from benchmarks.measure import copy_bandwidth, product_rate, product_rates
 
 ASKED = (
     "name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
-    "clocks.applications.graphics", "power.draw", "power.limit", "temperature.gpu", "memory.used", "memory.total",
+    "power.draw", "power.limit", "temperature.gpu", "memory.used", "memory.total",
 )  # fmt: skip
 WHY_SLOW = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # by the driver's age
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.device import ON_GPU
-from benchmarks.gpu import step
+from benchmarks.gpu import products, step
 from benchmarks.gpu.folder import Folder
 from benchmarks.gpu.kernel_table import keep_table
 from benchmarks.measure import product_rate, timed
@@ -99,7 +99,7 @@ def measured(folder: Folder, form: Form) -> Trainer:
         allocated_bytes=torch.cuda.max_memory_allocated() if ON_GPU else 0,
         reserved_bytes=reserved,
         ready_seconds=ready,
-        capacity=trainer.batches.capacity,
+        rows=products.rows_of(trainer.batches),
         recipe_minutes=trainer.schedule.steps * seconds / 60,
         losses_after=STEPS,
         losses=figures.losses,
