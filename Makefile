@@ -32,7 +32,8 @@ help:
 	@echo "make torture   kill -9 a small training run 50 times, saves included: it has to end with the same bits (minutes);"
 	@echo "               RANKS=2: one of its two processes"
 	@echo "make bench     set up, run the benchmarks and their guards"
-	@echo "make gpu       on a machine with a GPU, without network: build, CUDA tests, benchmarks, results (10 minutes)"
+	@echo "make gpu       on a machine with a GPU, without network: build, CUDA tests, benchmarks, results (10 minutes;"
+	@echo "               OUT=FOLDER for all that it writes)"
 	@echo "make gpu-dry-run  rehearse that on the CPU"
 	@echo "make sanitize  run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make compile-gates  compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed); registers, spills, memory"
@@ -97,11 +98,13 @@ bench: setup
 	$(PY) -m pytest benchmarks/
 
 # With the system's Python: a machine with a GPU has torch, triton, pybind11 and ninja, and perhaps no network.
+# OUT=FOLDER: where everything goes, instead of build/gpu or build/gpu-rehearsal.
+gpu gpu-dry-run: out = $(if $(call given,OUT),--out $(call quoted,$(call given,OUT)))
 gpu:
-	$(BASE_PYTHON) -m benchmarks.gpu
+	$(BASE_PYTHON) -m benchmarks.gpu $(out)
 
 gpu-dry-run: setup
-	$(PY) -m benchmarks.gpu --dry-run
+	$(PY) -m benchmarks.gpu --dry-run $(out)
 
 # The extension instrumented by AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the normal one, which
 # `python -m pytest` would import first.

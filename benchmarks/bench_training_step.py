@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from benchmarks import gpu_step
 from benchmarks.device import ON_GPU, Unavailable
+from benchmarks.gpu import step as gpu_step
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4.batches.train import MicroBatch, StepBatches

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.device import ON_GPU
+from benchmarks.gpu.folder import Folder
 from benchmarks.guard import FLOORS
 from benchmarks.results import RESULTS, Session
 
@@ -20,11 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--results-dir", type=Path, default=RESULTS, help="where --save-results writes; default %(default)s"
     )
+    group.addoption(
+        "--records", type=Path, help="add each figure at once to the records of this folder of a GPU session"
+    )
     group.addoption("--update-floors", action="store_true", help="set the floors of the guards from what is measured")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_SESSION] = Session()
+    records = config.getoption("--records")
+    config.stash[_SESSION] = Session() if records is None else Session(keep=Folder(records, "benchmarks").append)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

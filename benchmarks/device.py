@@ -25,8 +25,8 @@ def backends(op: str, device: torch.device = DEVICE) -> tuple[str, ...]:
 def moved(value: Any, device: torch.device = DEVICE, dtype: torch.dtype | None = None) -> Any:
     """The value, with every tensor in it on the device and, if floating and `dtype` is given, in that dtype.
 
-    Goes into named tuples and dataclasses. Leaves that require gradients stay such leaves, and what is one object stays
-    one.
+    Goes into lists, named tuples and dataclasses. Leaves that require gradients stay such leaves, and what is one
+    object stays one.
     """
     return _moved(value, device, dtype, {})
 
@@ -43,6 +43,8 @@ def _moved_once(value: Any, device: torch.device, dtype: torch.dtype | None, kno
         if value.device.type == device.type and value.dtype == as_dtype:
             return value
         return value.detach().to(device, as_dtype).requires_grad_(value.requires_grad)
+    if isinstance(value, list):
+        return [_moved(v, device, dtype, known) for v in value]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_moved(v, device, dtype, known) for v in value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -181,10 +181,20 @@ def _in_turns(
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
+_known: dict[str, Any] = {}
+
+
+def believe(copied: float, multiplied: Mapping[str, float]) -> None:
+    """Take what `copy_bandwidth` and `product_rates` give from another process of this machine, which measured it."""
+    _known.update(copied=copied, multiplied=dict(multiplied))
+
+
 @functools.cache
 def copy_bandwidth() -> float:
     """Bytes a second, read plus written, of copying 256 MiB with torch's threads, or 2 GiB on a GPU; the best of a
     few."""
+    if "copied" in _known:
+        return _known["copied"]
     if ON_GPU:
         source = torch.zeros(2**29, device=DEVICE)
         target = torch.empty_like(source)
@@ -199,6 +209,8 @@ def copy_bandwidth() -> float:
 def product_rates() -> dict[str, float]:
     """FLOP a second of the matrix products at hand, by library and dtype; the best of a few, 2048 x 2048 x 2048 on a
     CPU, 8192 x 8192 x 8192 on a GPU."""
+    if "multiplied" in _known:
+        return _known["multiplied"]
     size, float32, bfloat16 = (8192 if ON_GPU else 2048), "PyTorch float32", "PyTorch bfloat16"
     a, b = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
     runs: dict[str, Callable[[], Any]] = {

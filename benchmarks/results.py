@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -51,6 +51,19 @@ class Session:
 
     records: list[Record] = field(default_factory=list)
     speedups: dict[str, float] = field(default_factory=dict)
+    keep: Callable[..., None] | None = None  # called with the kind and the values of each figure at once
+
+    def add(self, record: Record) -> None:
+        """Add what one provider took."""
+        self.records.append(record)
+        if self.keep is not None:
+            self.keep("time", **asdict(record))
+
+    def add_speedup(self, name: str, value: float) -> None:
+        """Add a kernel's speed-up over a baseline."""
+        self.speedups[name] = value
+        if self.keep is not None:
+            self.keep("speedup", name=name, value=value)
 
     def table(self) -> list[str]:
         """Lines for the terminal."""

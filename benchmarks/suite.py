@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import guard
 from benchmarks.device import DEVICE, ON_GPU, Unavailable, moved
-from benchmarks.measure import Run, Work, gpu_median, gpu_peak_memory, warm_up
+from benchmarks.measure import Run, Work, gpu_median, gpu_peak_memory, timed, warm_up
 from benchmarks.results import Record, Session
 from m4kernels.testing import peak_extra_memory
 
@@ -67,13 +67,18 @@ class Suite:
     clock: bool = False
 
     def run(self, case: str, provider: str) -> Run:
+        """The run of a provider; a test that asks for one that this machine lacks is skipped."""
+        try:
+            return self.prepared(case, provider)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+
+    def prepared(self, case: str, provider: str) -> Run:
+        """The run of a provider. Raises Unavailable where this machine lacks it."""
         if ON_GPU:  # what earlier runs held, graphs and models, is this one's
             gc.collect()
             torch.cuda.empty_cache()
-        try:
-            return self.providers[provider](_inputs(self.cases[case], self.dtype))
-        except Unavailable as reason:
-            pytest.skip(str(reason))
+        return self.providers[provider](_inputs(self.cases[case], self.dtype))
 
 
 @functools.lru_cache(maxsize=1)
@@ -96,23 +101,38 @@ def test_time(suite: Suite, case: str, provider: str, session: Session, request:
     benchmark.pedantic(run, rounds=rounds, iterations=repeat, warmup_rounds=0)
     if benchmark.stats is None:  # --benchmark-disable
         return
-    work = suite.cases[case].work(_inputs(suite.cases[case], suite.dtype))
-    record = Record.of(suite.op, case, provider, benchmark.stats.stats.median, rounds, work, peak_extra_memory(run))
-    benchmark.extra_info.update(rate=record.rate, share_of_floor=record.share_of_floor, work=work.formula)
-    session.records.append(record)
+    record = _record(suite, case, provider, benchmark.stats.stats.median, rounds, peak_extra_memory(run))
+    benchmark.extra_info.update(rate=record.rate, share_of_floor=record.share_of_floor, work=record.work)
+    session.add(record)
 
 
 def _time_on_gpu(suite: Suite, case: str, provider: str, session: Session) -> None:
     gc.collect()
     torch.cuda.empty_cache()
+    session.add(measured(suite, case, provider))
+
+
+def measured(suite: Suite, case: str, provider: str, seconds: float = SECONDS) -> Record:
+    """What one provider takes on one case, without pytest-benchmark: on a GPU, and where a GPU's session is rehearsed.
+
+    Raises:
+        Unavailable: this machine lacks the provider.
+    """
+    if not ON_GPU:
+        run = suite.prepared(case, provider)
+        return _record(suite, case, provider, min(timed(run) for _ in range(2)), 2, peak_extra_memory(run))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
-    run = suite.run(case, provider)
-    seconds, rounds = gpu_median(run, seconds=SECONDS, clock=suite.clock)
+    run = suite.prepared(case, provider)
+    median, rounds = gpu_median(run, seconds=seconds, clock=suite.clock)
     # A graph's tensors are reserved for it and never allocated again, so of a whole step that is what counts.
     peak = torch.cuda.max_memory_reserved() - before if suite.clock else gpu_peak_memory(run)
+    return _record(suite, case, provider, median, rounds, peak)
+
+
+def _record(suite: Suite, case: str, provider: str, seconds: float, rounds: int, peak: int) -> Record:
     work = suite.cases[case].work(_inputs(suite.cases[case], suite.dtype))
-    session.records.append(Record.of(suite.op, case, provider, seconds, rounds, work, peak))
+    return Record.of(suite.op, case, provider, seconds, rounds, work, peak)
 
 
 def test_guard(
@@ -123,6 +143,5 @@ def test_guard(
     update = request.config.getoption("--update-floors")
     name = f"{suite.op}/{case}/{kernel} over {baseline}"
     runs = suite.run(case, kernel), suite.run(case, baseline)
-    session.speedups[name] = guard.check(
-        name, *runs, update=update, clock=suite.clock or not ON_GPU, seconds=0.3 if ON_GPU else 1.0
-    )
+    speedup = guard.check(name, *runs, update=update, clock=suite.clock or not ON_GPU, seconds=0.3 if ON_GPU else 1.0)
+    session.add_speedup(name, speedup)

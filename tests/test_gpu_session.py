@@ -1,9 +1,14 @@
-"""`make gpu`: the runner of its stages, its list of stages, and its training step rehearsed on the CPU."""
+"""`make gpu`: the runner of its stages, their list and order, its folder, and its stages rehearsed on the CPU."""
 
 import dataclasses
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,31 +16,34 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_linear_cross_entropy, device, gpu, gpu_step, guard
-from benchmarks.gpu import Stage, run_session, stages_of
-from benchmarks.peers import installed, sdpa
-from benchmarks.results import Session, commit, machine
-from m4.config import ModelSection
-from m4.model import ModelConfig, m4
-from m4kernels import MaskedBatch, PackedTokens, Segments, cross_modal_attention, linear_cross_entropy
-from tests.training.step_setup import PlainRecorder
+from benchmarks.gpu import goals, runner, stages
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.folder import LOG, RECORDS, SUMMARY, TAR, Folder, records_of
+from benchmarks.gpu.runner import Outcome, Stage, run_stages
+from benchmarks.gpu.session import body_of, collect, name_of, readme_rows
+from benchmarks.gpu.stages import stages_of
+from benchmarks.results import Record, Session, commit, machine
+from tests.runs import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
+PLAIN_NAME = r"[A-Za-z0-9._-]+"  # of a file that a machine gives back
 
 
 def python(code: str, seconds: float = 30.0, name: str = "stage", **environment: str) -> Stage:
-    return Stage(name, (sys.executable, "-c", code), seconds, environment)
+    return Stage(name, (sys.executable, "-c", code), seconds, environment=environment)
 
 
-def session(tmp_path: Path, *stages: Stage) -> tuple[int, dict]:
-    status = run_session(stages, tmp_path, {"gpu": None})
-    (path,) = tmp_path.glob("stages-*.json")
-    return status, json.loads(path.read_text())
+def run(tmp_path: Path, *given: Stage) -> tuple[int, list[Outcome]]:
+    seen: list[Outcome] = []
+    status = run_stages(given, tmp_path / LOG, lambda outcomes: seen.append(outcomes[-1]))
+    return status, seen
+
+
+def names(outcomes: list[Outcome]) -> list[tuple[str, str]]:
+    return [(outcome.name, outcome.status) for outcome in outcomes]
 
 
 def test_a_failing_stage_stops_nothing_and_is_told(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    status, body = session(
+    status, seen = run(
         tmp_path,
         python("print('fine')", name="first"),
         python("print('last words'); raise SystemExit(3)", name="second"),
@@ -43,7 +51,7 @@ def test_a_failing_stage_stops_nothing_and_is_told(tmp_path: Path, capfd: pytest
         python("import os; assert os.environ['GIVEN'] == 'x'", name="fourth", GIVEN="x"),
     )
     assert status == 1
-    assert [(s["name"], s["status"], s["returncode"]) for s in body["stages"]] == [
+    assert [(s.name, s.status, s.returncode) for s in seen] == [
         ("first", "passed", 0),
         ("second", "failed", 3),
         ("third", "failed", 127),
@@ -53,29 +61,28 @@ def test_a_failing_stage_stops_nothing_and_is_told(tmp_path: Path, capfd: pytest
     assert "2 of 4 stages passed" in said
     assert "--- second failed (status 3)" in said
     assert said.count("\nlast words\n") == 2  # as it came, and in the summary
-    assert (tmp_path / "logs" / "first.log").read_text() == "fine\n"
+    log = (tmp_path / LOG).read_text()
+    assert log.index("=== first") < log.index("\nfine\n") < log.index("=== second") < log.index("\nlast words\n")
 
 
-def test_all_passed_is_status_0(tmp_path: Path) -> None:
-    assert session(tmp_path, python("pass"))[0] == 0
+def test_all_passed_is_status_0_though_nothing_could_be_kept(tmp_path: Path) -> None:
+    def full_disk(_: list[Outcome]) -> None:
+        raise OSError("no space left")
+
+    assert run_stages([python("pass"), python("pass")], tmp_path / LOG, full_disk) == 0
 
 
 def test_what_stands_in_for_a_failed_stage(tmp_path: Path) -> None:
     instead = python("print('the rest')", name="instead")
     failing, fine = python("raise SystemExit(2)", name="build"), python("pass", name="fine")
-    status, body = session(
+    status, seen = run(
         tmp_path,
         dataclasses.replace(failing, otherwise=instead),
         dataclasses.replace(fine, otherwise=instead),
         python("pass", name="last"),
     )
     assert status == 1  # though something stood in
-    assert [(s["name"], s["status"]) for s in body["stages"]] == [
-        ("build", "failed"),
-        ("instead", "passed"),
-        ("fine", "passed"),
-        ("last", "passed"),
-    ]
+    assert names(seen) == [("build", "failed"), ("instead", "passed"), ("fine", "passed"), ("last", "passed")]
 
 
 def test_a_machine_without_nvcc_builds_the_kernels_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,28 +93,30 @@ import runpy
 from types import SimpleNamespace
 import setuptools
 setuptools.setup = lambda **_: None  # only its functions are wanted
-build = SimpleNamespace(**runpy.run_path({str(ROOT / "setup.py")!r}, run_name="setup"))
+build = SimpleNamespace(**runpy.run_path({str(REPOSITORY / "setup.py")!r}, run_name="setup"))
 build.cuda_plan.__globals__["find_nvcc"] = lambda: None
 assert build.cuda_plan(["a_cuda.cu"]) is None
 """
-    stage = stages_of(True, tmp_path)[0]
+    stage = next(stage for stage in stages_of(True, tmp_path) if stage.name == "build")
     assert stage.otherwise is not None
     command = (sys.executable, "-c", setup)
     otherwise = dataclasses.replace(stage.otherwise, command=command)
-    _, body = session(tmp_path, dataclasses.replace(stage, command=command, otherwise=otherwise))
-    assert [(s["name"], s["status"]) for s in body["stages"]] == [("build", "failed"), ("build without CUDA", "passed")]
-    assert "nvcc was not found" in body["stages"][0]["tail"][-1]
-    assert "CUDA: not built (M4KERNELS_CUDA=0)" in body["stages"][1]["tail"][-1]
+    _, seen = run(tmp_path, dataclasses.replace(stage, command=command, otherwise=otherwise))
+    assert names(seen) == [("build", "failed"), ("build without CUDA", "passed")]
+    assert "nvcc was not found" in seen[0].tail[-1]
+    assert "CUDA: not built (M4KERNELS_CUDA=0)" in seen[1].tail[-1]
+
+
+POLITE = (
+    "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved what there was', flush=True)\n"
+)
 
 
 def test_a_stage_out_of_time_is_interrupted_first_and_killed_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
-    polite = (
-        "import time\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('saved what there was', flush=True)\n"
-    )
+    monkeypatch.setattr(runner, "GRACE", 1.0)
+    monkeypatch.setattr(runner, "LEAST", 1.0)
     stubborn = (
         "import pathlib, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -116,16 +125,17 @@ def test_a_stage_out_of_time_is_interrupted_first_and_killed_with_its_children(
         "time.sleep(60)\n"
     )
     start = time.monotonic()
-    status, body = session(
+    status, seen = run(
         tmp_path,
-        python(polite, seconds=4.0, name="polite"),
+        python(POLITE, seconds=4.0, name="polite"),
         python(stubborn, seconds=4.0, name="stubborn"),
+        dataclasses.replace(python(POLITE, seconds=4.0, name="optional"), optional=True),
         python("print('still here')", name="next"),
     )
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 40
     assert status == 1
-    assert [s["status"] for s in body["stages"]] == ["out of time", "out of time", "passed"]
-    assert body["stages"][0]["tail"][-1] == "saved what there was"
+    assert [s.status for s in seen] == ["out of time", "out of time", "cut short", "passed"]
+    assert seen[0].tail[-1] == "saved what there was"
     child = int((tmp_path / "child").read_text())
     for _ in range(100):  # it may take a moment to be reaped
         if not _alive(child):
@@ -143,66 +153,101 @@ def _alive(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def test_a_stage_may_take_what_others_left_and_never_what_is_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, allowed = [0.0], []
+    takes = {"quick": 10.0, "long": 90.0, "late": 70.0, "last": 1.0}
+
+    def pretended(stage: Stage, _log: Path) -> Outcome:
+        allowed.append((stage.name, stage.seconds))
+        clock[0] += takes[stage.name]
+        return Outcome(stage.name, "", "passed", 0, takes[stage.name], [])
+
+    monkeypatch.setattr(runner, "run_stage", pretended)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
+    given = [Stage("quick", (), 50), Stage("long", (), 40, 100), Stage("late", (), 60), Stage("last", (), 20)]
+    run_stages(given, tmp_path / LOG, lambda _: None)
+    # 40 s were left by the first; the third took 10 too many and the last has that less.
+    assert allowed == [("quick", 50), ("long", 80), ("late", 50), ("last", runner.LEAST)]
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_the_stages_are_there_and_fit_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    stages = stages_of(on_gpu, tmp_path, "python")
-    names = [stage.name for stage in stages]
+    listed = stages_of(on_gpu, tmp_path, "python")
+    names = [stage.name for stage in listed]
     assert len(set(names)) == len(names)
-    assert {"build", "cuda tests", "training step", "repeats and masks"} <= set(names)
-    assert {"op benchmarks", "step benchmarks", "plots"} <= set(names)
+    order = ["speed", "build", "report", "every op", "step", "compiled step", "kernel table", "products", "peers"]
+    order += ["sweeps", "tests", "training", "memcheck", "counters", "racecheck", "speed-ups"]
+    assert [name for name in names if name != "step tests"] == order
+    assert set(stages.FUNCTIONS) <= set(names)
     if on_gpu:
-        assert sum(stage.seconds for stage in stages) <= 600
-        assert stages[0].environment["M4KERNELS_CUDA_ARCHS"] == "90"
-    for stage in stages:
+        assert sum(stage.seconds for stage in listed) <= stages.SECONDS
+        assert all(stage.seconds > 2 * runner.GRACE for stage in listed)
+        assert listed[1].environment["M4KERNELS_CUDA_ARCHS"] == "90"
+    for stage in listed:
         for argument in stage.command:
-            argument = argument.removeprefix("--ignore=")
             if argument.endswith(".py"):
-                assert (ROOT / argument).is_file(), argument
+                assert (REPOSITORY / argument).is_file(), argument
 
 
-@pytest.mark.parametrize(
-    ("kernels", "recorder"),
-    [("auto", None), ("auto", PlainRecorder()), ("reference", None), ("reference-matmul", None)],
-)
-def test_step_of_the_benchmark(kernels: str, recorder: PlainRecorder | None) -> None:
-    inputs = gpu_step.recipe(2, 2, ModelSection(dim=16, enc_depth=1, dec_depth=1, head_dim=8))
-    lengths = {"max_seq_lens": [16, 6, 16, 6], "input_tokens_range": [6, 12], "target_tokens_range": [4, 12]}
-    small = dataclasses.replace(inputs.config, **lengths, vocab_sizes=[64] * 4)
-    store = dataclasses.replace(inputs.store, tokens=inputs.store.tokens[:32, :44] % 64)
-    inputs = inputs._replace(config=small, store=store)
-    run = gpu_step.stepper(inputs, kernels, recorder=recorder, device=CPU)
-    for _ in range(3):
-        run()
-    assert gpu_step.work(inputs).amount > 0
+def test_tests_run_on_many_processes_only_where_that_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    absent: set[str] = set()
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None if name in absent else object())
+    command = stages.test_command("python", tmp_path, "tests")
+    assert command[command.index("-n") + 1] == str(stages.WORKERS)
+    assert f"timeout={stages.TEST_SECONDS}" in command
+    absent |= {"xdist", "pytest_timeout"}
+    command = stages.test_command("python", tmp_path, "tests")
+    assert "-n" not in command
+    assert not any("timeout" in argument for argument in command)
 
 
-def test_the_benchmark_calls_the_loss_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def watched(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **others: Any) -> Any:
-        calls.append((x.dtype, weight.dtype, torch.is_autocast_enabled("cpu"), sorted(others)))
-        return linear_cross_entropy(x, weight, targets, **others)
-
-    for module in (m4, bench_linear_cross_entropy):
-        monkeypatch.setattr(module, "linear_cross_entropy", watched)
-    inputs = bench_linear_cross_entropy.tokens(40, 16, 64, limits=(64, 32))
-    moved = device.moved(inputs, CPU, torch.bfloat16)
-    bench_linear_cross_entropy.as_trained(moved)()
-    assert moved.x.grad is None
-    config = ModelConfig(
-        modalities=("a", "b"), vocab_sizes=(64, 32), max_seq_lens=(8, 8), dim=16, enc_depth=1, dec_depth=1, head_dim=8
+def quick(*_: Any) -> list[Stage]:
+    """A session that takes a moment."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.gpu.folder import Folder\n"
+        "from benchmarks.results import Record; from benchmarks.measure import Work\n"
+        "folder = Folder(Path({out!r}), 'step')\n"
+        "folder.time(Record('training_step', 'M4, 96 samples', 'captured', 0.02, 5, '1 TFLOP/s', 'w', 0.5, 3))\n"
+        "folder.say('a table')"
     )
-    tokens = PackedTokens(
-        torch.tensor([1, 2, 3]),
-        torch.tensor([0, 1, 0]),
-        torch.tensor([0, 0, 1]),
-        Segments.from_counts(torch.tensor([[2, 1]])),
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        m4.M4(config)(MaskedBatch(tokens, tokens))
-    assert calls[0] == calls[1]
-    assert calls[0][:3] == (torch.float32, torch.float32, True)
+    return [python(code.format(out=str(_[1])), name="step")]
+
+
+def session(monkeypatch: pytest.MonkeyPatch, out: Path) -> int:
+    monkeypatch.setattr("benchmarks.gpu.__main__.stages_of", quick)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--out", str(out)])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which --dry-run sets
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_a_session_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few files with plain names; the tar holds the others; another session's are gone, and nobody else's."""
+    monkeypatch.setenv("M4KERNELS_COMMIT", "0123456789abcdef")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("not the session's")
+    for name in (RECORDS, LOG, SUMMARY, TAR, "20250101-000000-000001-abcdef0.json"):
+        (out / name).write_text("another session's\n")
+    assert session(monkeypatch, out) == 0
+    files = sorted(path.name for path in out.iterdir())
+    assert len(files) == 7
+    assert all(re.fullmatch(PLAIN_NAME, name) for name in files)
+    (named,) = (name for name in files if name.endswith("-0123456.json"))
+    with tarfile.open(out / TAR) as tar:
+        assert sorted(tar.getnames()) == [name for name in files if name != TAR]
+    body = json.loads((out / named).read_text())
+    assert body["environment"]["commit"] == "0123456789abcdef"
+    assert [record["provider"] for record in body["records"]] == ["captured"]
+    assert [stage["status"] for stage in body["gpu"]["stage"]] == ["passed"]
+    assert "1 of 1 stages passed" in (out / SUMMARY).read_text()
 
 
 def test_a_machine_without_git_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,75 +256,150 @@ def test_a_machine_without_git_loses_nothing(tmp_path: Path, monkeypatch: pytest
     here = machine()
     assert here["commit"] == "unknown"
     assert here["uncommitted_changes"] is None  # not known
+    assert session(monkeypatch, tmp_path / "session") == 0
+    assert name_of(records_of(tmp_path / "session")).endswith("-unknown.json")
     monkeypatch.setenv("M4KERNELS_COMMIT", "0123456789abcdef")  # as `make gpu` is told
     assert commit() == "0123456789abcdef"
     monkeypatch.setattr("benchmarks.results.environment", machine)  # what it measures besides takes seconds
     path = Session().save(tmp_path)
     assert path.name.endswith("-0123456.json")
     assert json.loads(path.read_text())["environment"]["commit"] == "0123456789abcdef"
-    monkeypatch.setattr(gpu, "stages_of", lambda *_: [python("print('measured')")])
-    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--out", str(tmp_path / "session")])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which --dry-run sets
-    assert gpu.main() == 0
-    (stages,) = (tmp_path / "session").glob("*/stages-*.json")
-    assert json.loads(stages.read_text())["commit"] == "0123456789abcdef"
 
 
-def test_inputs_move_as_a_whole() -> None:
-    segments = Segments.from_counts(torch.tensor([[1, 2]]))
-    leaf = torch.randn(3, requires_grad=True)
-    from benchmarks.bench_cross_modal_attention import Layer
-
-    moved = device.moved(Layer(leaf, leaf, leaf, segments, segments, None, True), torch.device("meta"), torch.bfloat16)
-    assert moved.q is moved.k  # what was one tensor stays one
-    assert moved.q_segments is moved.k_segments
-    assert moved.q.is_leaf
-    assert moved.q.requires_grad
-    assert (moved.q.dtype, moved.q.device.type) == (torch.bfloat16, "meta")
-    assert moved.q_segments.counts.dtype == torch.int32
-    assert moved.backward is True
-    assert device.moved(leaf, CPU) is leaf
-
-
-def test_absent_peers_are_skipped_and_broken_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_peer").mkdir()
-    (tmp_path / "broken_peer" / "__init__.py").write_text("import nothing_of_the_kind\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(device.Unavailable, match="absent-peer is not installed"):
-        installed._module("absent_peer.inner", "absent-peer")
-    with pytest.raises(ModuleNotFoundError, match="nothing_of_the_kind"):
-        installed._module("broken_peer", "broken-peer")
-    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
-    with pytest.raises(device.Unavailable, match=r"2\.13"):
-        installed.torch_linear_cross_entropy(*[torch.zeros(1, 1)] * 3)
-
-
-def test_varlen_attention_gets_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call, with the kernel stood in for; arguments by position, whose names differ between versions."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    q_segments = Segments.from_counts(torch.tensor([[1, 2], [3, 0]]))
-    k_segments = Segments.from_counts(torch.tensor([[2, 2], [1, 4]]))
-    q, k, v = (torch.randn(n, 2, 8) for n in (6, 9, 9))
-
-    def stand_in(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int) -> torch.Tensor:
-        assert (max_q, max_k) == (3, 5)
-        ends = cu_q.tolist(), cu_k.tolist()
-        return sdpa.by_sample(q, k, v, *ends, [None] * 2)
-
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    out = installed.varlen_attention(q, k, v, q_segments, k_segments)
-    torch.testing.assert_close(out, cross_modal_attention(q, k, v, q_segments, k_segments))
+def test_a_kill_loses_one_stage_at_most(tmp_path: Path) -> None:
+    """kill -9 of a session in its second stage, which has written a record and half another: all else is there."""
+    second = (
+        "import os, time; from pathlib import Path; from benchmarks.gpu.folder import RECORDS, Folder\n"
+        f"folder = Folder(Path({str(tmp_path)!r}), 'second'); folder.append('op', op='kept at once')\n"
+        f'open({str(tmp_path / RECORDS)!r}, \'a\').write(\'{{"kind": "op", "op": "half\')\n'
+        f"Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
+    )
+    first = (
+        "from pathlib import Path; from benchmarks.gpu.folder import Folder\n"
+        f"Folder(Path({str(tmp_path)!r}), 'first').append('op', op='first')"
+    )
+    listed = [("one", first), ("two", second)]
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from benchmarks.gpu import __main__ as gpu; from benchmarks.gpu.runner import Stage\n"
+        f"gpu.stages_of = lambda *_: [Stage(n, (sys.executable, '-c', c), 60) for n, c in {listed!r}]\n"
+        f"gpu.session(Path({str(tmp_path)!r}), False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if (tmp_path / "ready").exists():
+                break
+            time.sleep(0.1)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with pytest.raises(json.JSONDecodeError):
+        json.loads((tmp_path / RECORDS).read_text().split("\n")[-1])
+    assert [r["op"] for r in records_of(tmp_path) if r["kind"] == "op"] == ["first", "kept at once"]
+    assert [r["op"] for r in records_of(tmp_path / TAR) if r["kind"] == "op"] == ["first"]
 
 
-def test_a_gpu_without_floors_reports_and_one_with_floors_guards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guard, "speedup", lambda *_, **__: 2.0)
-    path = tmp_path / "floors-some-gpu.yaml"
-    arguments = {"kernel": lambda: None, "baseline": lambda: None, "path": path}
-    assert guard.check("op/case/a over b", **arguments, on_gpu=True) == 2.0
-    guard.save({"op/case/a over b": 3.0}, path)
-    with pytest.raises(guard.GuardError, match="floor 3"):
-        guard.check("op/case/a over b", **arguments, on_gpu=True)
-    with pytest.raises(guard.GuardError, match="no floor"):
-        guard.check("op/case/c over d", **arguments, on_gpu=True)
+def test_a_session_that_is_told_to_stop_ends_its_stage_too(tmp_path: Path) -> None:
+    stage = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = (
+        "import sys; from benchmarks.gpu import __main__ as gpu; from benchmarks.gpu.runner import Stage\n"
+        f"gpu.stages_of = lambda *_: [Stage('one', (sys.executable, '-c', {stage!r}), 60)]\n"
+        f"sys.argv[1:] = ['--dry-run', '--out', {str(tmp_path / 'out')!r}]\n"
+        "sys.exit(gpu.main())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not _alive(pid):
+            break
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def of_a_gpu(tmp_path: Path) -> Folder:
+    """A session on a GPU, made up."""
+    folder = Folder(tmp_path / "out", "session")
+    environment = {"gpu": "NVIDIA Some", "cpu": "Any", "commit": "abcdef0123", "threads": 2, "simd": None, "torch": "2"}
+    folder.append("session", stamp="20300102-030405-6", time="2030-01-02", machine="any-some", environment=environment)
+    folder.append("environment", simd="avx512", gpu=None)
+
+    def took(op: str, case: str, provider: str, seconds: float, share: float = 0.5, memory: int = 100) -> None:
+        folder.time(Record(op, case, provider, seconds, 5, "1 GB/s", "formula", share, memory))
+
+    for case in (goals.ENCODER, goals.DECODER, goals.CROSS):
+        for provider, seconds in (("triton", 5e-5), ("SDPA padded", 2e-4), ("varlen_attn", 6e-5), ("triton", 6e-5)):
+            took("cross_modal_attention", case, provider, seconds)
+    took("linear_cross_entropy", goals.LOSS, "triton", 4e-3, memory=100)
+    took("linear_cross_entropy", goals.LOSS, "whole logits packed", 8e-3, memory=500)
+    took("quantize_coords", "1,000,000 samples", "cuda", 1e-4, share=0.9)
+    took("training_step", "M4, 96 samples", "captured", 0.03)
+    took("training_step", "M4, 96 samples", "captured, compiled", 0.02)
+    took("training_step", "M4, 96 samples", "reference", 0.12)
+    folder.append(
+        "step", case="M4, 96 samples", provider="captured, compiled", milliseconds=20.0, samples_a_second=4800.0,
+        of_product_rate=0.51, recipe_minutes=40.7,
+    )  # fmt: skip
+    folder.append("speedup", name="a over b", value=2.0)
+    return folder
+
+
+def test_goals_are_read_from_the_records(tmp_path: Path) -> None:
+    said = goals.lines(records_of(of_a_gpu(tmp_path).path))
+    assert "NVIDIA Some" in said[0]
+    assert [line.split()[0] for line in said[1:]] == [
+        "reached",  # quantize_coords
+        "not",  # mask_tokens, of which there is nothing
+        "reached",  # 24 calls of 60 us: 1.44 ms
+        "reached",  # 200 over 60 us
+        "MISSED",  # 60 over 60 us
+        "reached",
+        "reached",  # 100 of 500 bytes
+        "reached",  # the compiled one
+        "MISSED",
+    ]
+    assert "1.44, wanted at most 1.95" in said[3]
+
+
+def test_what_came_back_is_put_among_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder or from the tar alone, in a form that the plot reads; the README's rows follow from it."""
+    matplotlib = pytest.importorskip("matplotlib")
+    assert matplotlib
+    from benchmarks import plot
+
+    folder = of_a_gpu(tmp_path)
+    tar = shutil.copy(folder.pack(), tmp_path / "back.tar")
+    paths = [collect(path, tmp_path / "results") for path in (folder.path, tar)]
+    assert paths == [tmp_path / "results/any-some/20300102-030405-6-abcdef0.json"] * 2
+    body = json.loads(paths[0].read_text())
+    assert body["environment"]["simd"] == "avx512"
+    assert body["environment"]["gpu"] == "NVIDIA Some"  # what a stage does not know changes nothing
+    assert body["speedups"] == {"a over b": 2.0}
+    attention = {r["provider"]: r["seconds"] for r in body["records"] if r["case"] == goals.CROSS}
+    assert attention["triton"] == 6e-5  # the last time
+    assert plot.newest(tmp_path / "results/any-some") == paths[0]
+    plot.draw(body, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    rows = "\n".join(readme_rows(records_of(folder.path)))
+    assert "9,120 tokens, 65,536 classes: 4.00 ms | whole logits packed | 2.0 |" in rows
+    assert "20.0 ms | 4,800 samples/s, 51% of the product rate | 6.0 times as fast as the padded reference |" in rows
+
+
+def test_rehearsals_and_damage_are_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session(monkeypatch, tmp_path / "out") == 0
+    with pytest.raises(SystemExit, match="rehearsal"):
+        collect(tmp_path / "out", tmp_path)
+    records = (tmp_path / "out" / RECORDS).read_text().split("\n")
+    (tmp_path / "out" / RECORDS).write_text("\n".join([records[0][:-5], *records[1:]]))
+    with pytest.raises(SystemExit, match=r"line 1 .* damaged"):
+        records_of(tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"expected records\.jsonl or session\.tar"):
+        records_of(tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match="none of `make gpu`"):
+        body_of([])

@@ -45,13 +45,15 @@ def aot_cases() -> list[AotCase]:
         update, total, normed = f"*{dtype}:16" if added else None, wide if added else None, f"*{out}:16"
         forward = {"x": wide, "update": update, "total": total, "normed": normed, "eps": "fp32"}
         launch, narrow = launch_of(dim), {"narrow_accesses": OF_ROWS + (OF_16_BITS if dtype != "fp32" else 0)}
-        add(f"forward {name}", kernels.forward_kernel, launch | {"ROWS": ROWS}, kept | forward, **FORWARD, **narrow)
+        add(
+            f"forward {name}", kernels.norm_forward_kernel, launch | {"ROWS": ROWS}, kept | forward, **FORWARD, **narrow
+        )
         # The last norm's sum has no further reader; an update in float32 has the gradient of x.
         grad_total = wide if added and out == dtype else None
         given = {"grad": normed, "grad_total": grad_total, "total": wide, "partial": wide, "rows": "i32"}
         written = {"dx": wide, "dupdate": update if dtype != "fp32" else None}
-        add(f"backward {name}", kernels.backward_kernel, launch, kept | given | written, **BACKWARD, **narrow)
+        add(f"backward {name}", kernels.norm_backward_kernel, launch, kept | given | written, **BACKWARD, **narrow)
     shares: dict[str, str | None] = {"partial": wide, "dweight": wide, "programs": "i32"}
     launch = {"DIM": 640, **SUM, "num_warps": SUM_WARPS}
-    add("sum 640", kernels.sum_kernel, launch, shares, max_registers=64, wide_bytes=16, narrow_accesses=1)
+    add("sum 640", kernels.norm_sum_kernel, launch, shares, max_registers=64, wide_bytes=16, narrow_accesses=1)
     return cases

@@ -43,7 +43,7 @@ def layer_norm(call: NormArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
     if tokens:
         with launch_on(x):
-            kernels.forward_kernel[(triton.cdiv(tokens, ROWS),)](
+            kernels.norm_forward_kernel[(triton.cdiv(tokens, ROWS),)](
                 x=x,
                 update=update,
                 weight=call.weight.contiguous(),
@@ -71,7 +71,7 @@ def layer_norm_backward(call: NormArguments, grads: Gradients, wanted: Wanted) -
     dweight = weight.new_empty(dim if wanted.weight else 0)
     with launch_on(total):
         if tokens:
-            kernels.backward_kernel[(programs,)](
+            kernels.norm_backward_kernel[(programs,)](
                 grad=grads.normed.contiguous(),
                 grad_total=None if grads.total is None else grads.total.contiguous(),
                 total=total,
@@ -86,7 +86,7 @@ def layer_norm_backward(call: NormArguments, grads: Gradients, wanted: Wanted) -
                 **launch,
             )
         if partial is not None:
-            kernels.sum_kernel[(triton.cdiv(dim, SUM["BLOCK_COLUMNS"]),)](
+            kernels.norm_sum_kernel[(triton.cdiv(dim, SUM["BLOCK_COLUMNS"]),)](
                 partial=partial, dweight=dweight, programs=programs, DIM=dim, **SUM, num_warps=SUM_WARPS
             )
     dx, dupdate = (total.new_empty(0) if gradient is None else gradient for gradient in (dx, dupdate))

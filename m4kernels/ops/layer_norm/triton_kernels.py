@@ -24,7 +24,7 @@ def _load_total(x, update, total, o_row, m_row):
 
 
 @triton.jit
-def forward_kernel(
+def norm_forward_kernel(
     x,  # (T, D)
     update,  # (T, D), or None
     weight,  # (D,)
@@ -87,7 +87,7 @@ def _load_gradient(grad_total, o_row, m_row, b_zero):
 
 
 @triton.jit(do_not_specialize=("tokens", "rows"))
-def backward_kernel(
+def norm_backward_kernel(
     grad,  # (T, D), of the normed rows
     grad_total,  # (T, D), of x + update from elsewhere, or None
     total,  # (T, D), x + update
@@ -151,7 +151,7 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=("programs",))
-def sum_kernel(
+def norm_sum_kernel(
     partial,  # (programs, D) float32
     dweight,  # (D,), written: their sum, in a fixed order
     programs,

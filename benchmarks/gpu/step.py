@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.device import DEVICE
+from benchmarks.device import DEVICE, ON_GPU
 from benchmarks.measure import Run, Work
 from benchmarks.suite import Case, Suite
 from m4.batches.packing import drawn_counts
@@ -20,11 +20,27 @@ from m4.config import ModelSection, TrainConfig
 from m4.data.store import TokenStore
 from m4.model.flops import training_flop
 from m4.schedule import Schedule
-from m4.training.graphs import CudaGraphs, Recorder
+from m4.training.graphs import CudaGraphs, Function, Recorder
 from m4.training.step import Execution
 from m4.training.trainer import Stores, Trainer
 
 SAMPLES = 8192  # of the token store
+TINY = ModelSection(dim=16, enc_depth=1, dec_depth=1, head_dim=8)
+
+
+class Unrecorded:
+    """In the place of CUDA graphs where there is no GPU: what it records is the function itself."""
+
+    def warm_up(self, function: Function) -> None:
+        function()
+
+    def record(self, function: Function) -> Function:
+        return function
+
+
+def graphs() -> Recorder:
+    """What records a step here."""
+    return CudaGraphs(DEVICE) if ON_GPU else Unrecorded()
 
 
 class Recipe(NamedTuple):
@@ -47,6 +63,19 @@ def recipe(batch_size: int, micro_batches: int, model: ModelSection | None = Non
     return Recipe(config, TokenStore(tokens=tokens, fingerprint="", pids=()))
 
 
+def tiny(batch_size: int, micro_batches: int) -> Recipe:
+    """The same in all but size: a rehearsal takes milliseconds a step."""
+    large = recipe(min(batch_size, 2), min(micro_batches, 2), TINY)
+    config = replace(
+        large.config,
+        vocab_sizes=[64] * 4,
+        max_seq_lens=[16, 6, 16, 6],
+        input_tokens_range=[6, 12],
+        target_tokens_range=[4, 12],
+    )
+    return Recipe(config, replace(large.store, tokens=large.store.tokens[:32, :44] % 64))
+
+
 def work(inputs: Recipe) -> Work:
     """Matrix products of the packed tokens, the mean of a hundred steps; attention's own share is below 3 %."""
     config = inputs.config
@@ -55,6 +84,24 @@ def work(inputs: Recipe) -> Work:
     visible, targets = (counts.sum(0) / 100 for counts in drawn)
     amount = training_flop(config.model_config(), float(visible.sum()), targets.tolist())
     return Work(amount, "FLOP", "FLOP = 6 x (packed tokens x weights that multiply them)")
+
+
+def trainer_of(
+    inputs: Recipe,
+    kernels: str = "auto",
+    *,
+    compiled: bool = False,
+    recorder: Recorder | None = None,
+    device: torch.device = DEVICE,
+) -> Trainer:
+    """A trainer whose steps are read only when somebody asks."""
+    log = replace(inputs.config.log, every=10**9)
+    config = replace(inputs.config, kernels=kernels, compile=compiled, log=log)
+    execution = Execution(asynchronous=True, graphs=recorder is not None)
+    trainer = Trainer(config, stores=Stores(inputs.store, inputs.store), device=device, execution=execution)
+    if recorder is not None:
+        trainer.record(recorder)
+    return trainer
 
 
 def stepper(
@@ -66,12 +113,7 @@ def stepper(
     device: torch.device = DEVICE,
 ) -> Run:
     """One whole optimiser step of the trainer a call, each of the next samples."""
-    log = replace(inputs.config.log, every=10**9)  # so that no step is read
-    config = replace(inputs.config, kernels=kernels, compile=compiled, log=log)
-    execution = Execution(asynchronous=True, graphs=recorder is not None)
-    trainer = Trainer(config, stores=Stores(inputs.store, inputs.store), device=device, execution=execution)
-    if recorder is not None:
-        trainer.record(recorder)
+    trainer = trainer_of(inputs, kernels, compiled=compiled, recorder=recorder, device=device)
 
     def run() -> None:
         trainer.train_step()
