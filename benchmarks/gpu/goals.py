@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from m4.model import ModelConfig
 
 Records = Sequence[dict[str, Any]]
-OURS = ("cuda", "triton", "cpp", "auto")
+OURS = ("as trained", "cuda", "triton", "cpp", "auto")  # the loss as the trainer calls it, else by backend
 ENCODER, DECODER, CROSS = (f"{kind}, batch 96" for kind in ("encoder", "decoder", "cross"))
 LOSS = "M4 batch 96 (9,120 tokens)"
 STEPS = ("captured, compiled", "captured")

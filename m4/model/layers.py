@@ -23,8 +23,12 @@ def norm(dim: int) -> nn.LayerNorm:
 
 
 def norms_add(x: Tensor) -> bool:
-    """Whether the norms add a layer's result to the residual stream x (T, D), not the layer's last product."""
-    return x.is_cuda
+    """Whether the norms add a layer's result to the residual stream x (T, D), not the layer's last product.
+
+    While torch compiles they do not: it fuses norms of its own with what surrounds them, and of ops that it knows
+    nothing of it writes down all that leads to their arguments, twice as much with every one in a row.
+    """
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def add_to(x: Tensor, layer: nn.Linear, y: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear, linear_cross_entropy
 
 LOSS_WORKSPACE = 2**28  # bytes: on a CPU, and at least
+MOST_LOSS_WORKSPACE = 2**30  # on a GPU: more does not make M4's loss faster (H200, benchmarks/NOTES.md)
 
 
 class CountedLosses(NamedTuple):
@@ -58,13 +59,16 @@ def sum_by_modality(values: Tensor, modalities: Tensor, count: int) -> Tensor:
 
 
 def loss_workspace(device: torch.device) -> int:
-    """Bytes that the loss may take besides its gradients: a sixteenth of a GPU's memory, elsewhere `LOSS_WORKSPACE`.
+    """Bytes that the loss may take besides its gradients: a sixteenth of a GPU's memory but at most
+    `MOST_LOSS_WORKSPACE`, elsewhere `LOSS_WORKSPACE`.
 
-    The logits of M4's micro-batch of 96 samples, 1.4 GB in bfloat16, are then one chunk on GPUs from 24 GB on, where
-    chunks would each add to the weight's gradient. A share of all memory, not of what is free: chunks decide the order
-    of sums, and the bits of a resumed run must not depend on who else uses the GPU.
+    The logits of M4's micro-batch of 96 samples, 1.4 GB in bfloat16, are then two chunks on GPUs from 16 GB on. A share
+    of all memory, not of what is free: chunks decide the order of sums, and the bits of a resumed run must not depend
+    on who else uses the GPU.
     """
-    return max(LOSS_WORKSPACE, total_memory(device) // 16) if device.type == "cuda" else LOSS_WORKSPACE
+    if device.type != "cuda":
+        return LOSS_WORKSPACE
+    return min(MOST_LOSS_WORKSPACE, max(LOSS_WORKSPACE, total_memory(device) // 16))
 
 
 class M4(nn.Module):

@@ -169,7 +169,7 @@ def test_the_loss_takes_a_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     # What a GPU is handed in a step of M4: a micro-batch of 96 samples, at its fixed length.
     x, weight = (torch.empty(rows, 640, device="meta") for rows in (9856, 65536))
     targets = torch.empty(9856, dtype=torch.int64, device="meta")
-    for gigabytes, rows in ((141, 9856), (80, 9856), (24, 9856), (4, 1232)):
+    for gigabytes, rows in ((141, 4928), (80, 4928), (24, 4928), (4, 1232)):
         monkeypatch.setattr(m4, "total_memory", lambda _, size=gigabytes: size * 10**9)
         room = m4.loss_workspace(torch.device("cuda", 0))
         call = LossArguments(x, weight, targets, None, None, -100, room, torch.bfloat16, True, True)
