@@ -52,9 +52,10 @@ demo learn: setup
 	$(PY) -m m4.plots --run $(call quoted,runs/$(run_name))
 	$(PY) -m m4.generate --run $(call quoted,runs/$(run_name)) --out $(call quoted,runs/$(run_name)/prediction.png)
 
-# Most tests keep one core busy: two groups that nothing disturbs, and that disturb nothing, run beside the others.
-# Ctrl-C ends them, too, which a shell keeps from what it runs in the background.
-BESIDE := tests/test_notebooks.py tests/test_documentation.py
+# Most tests keep one core busy: groups that nothing disturbs, and that disturb nothing, run beside the others, about half
+# of the time in all. Ctrl-C ends them, too, which a shell keeps from what it runs in the background.
+BESIDE := tests/test_notebooks.py tests/test_documentation.py tests/test_gpu_session.py tests/test_gpu_stages.py \
+	tests/ops/test_triton_aot.py tests/ops/test_layer_norm.py tests/ops/test_cuda_compile.py
 test: setup lint types
 	@mkdir -p build
 	@echo "beside these tests: make other-sums, then $(BESIDE); what they say comes at the end"
