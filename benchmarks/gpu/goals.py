@@ -131,5 +131,5 @@ def lines(records: Records) -> list[str]:
     card = next((r["environment"]["gpu"] for r in records if r["kind"] == "session"), None)
     title = f"=== goals, set for an H200; measured on {card}"
     if card is None:
-        title = "=== goals; a rehearsal measures tiny inputs on a CPU, and so none of them"
+        title, records = "=== goals; a rehearsal measures tiny inputs on a CPU, and so none of them", ()
     return [title, *(goal.line(records) for goal in GOALS)]
