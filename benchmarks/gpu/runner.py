@@ -80,7 +80,7 @@ def run_stage(stage: Stage, log: Path) -> Outcome:
                 sys.stdout.flush()
                 file.write(line)
                 file.flush()
-                tail.append(line.rstrip("\n"))
+                tail.append(line.rstrip("\n").replace(str(ROOT), "."))  # results are committed
 
         reader = threading.Thread(target=copy, daemon=True)
         reader.start()
