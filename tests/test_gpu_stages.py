@@ -348,7 +348,7 @@ def test_stages_need_few_packages() -> None:
 def test_step_of_the_benchmark(kernels: str, captured: bool) -> None:
     inputs = step.tiny(2, 2)
     recorder = step.Unrecorded() if captured else None
-    run = step.stepper(inputs, kernels, recorder=recorder, device=CPU)
+    run = step.trainer_of(inputs, kernels, recorder=recorder, device=CPU).train_step
     for _ in range(3):
         run()
     assert step.work(inputs).amount > 0

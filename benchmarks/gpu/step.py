@@ -107,32 +107,15 @@ def trainer_of(
     return trainer
 
 
-def stepper(
-    inputs: Recipe,
-    kernels: str = "auto",
-    *,
-    compiled: bool = False,
-    recorder: Recorder | None = None,
-    device: torch.device = DEVICE,
-) -> Run:
-    """One whole optimiser step of the trainer a call, each of the next samples."""
-    trainer = trainer_of(inputs, kernels, compiled=compiled, recorder=recorder, device=device)
-
-    def run() -> None:
-        trainer.train_step()
-
-    return run
-
-
 def suite() -> Suite:
     """The benchmark on a GPU."""
     providers: dict[str, Callable[[Recipe], Run]] = {
-        "captured, compiled": lambda inputs: stepper(inputs, compiled=True, recorder=CudaGraphs(DEVICE)),
-        "captured": lambda inputs: stepper(inputs, recorder=CudaGraphs(DEVICE)),
-        "compiled": lambda inputs: stepper(inputs, compiled=True),
-        "auto": stepper,
-        "reference": lambda inputs: stepper(inputs, "reference"),
-        "reference-matmul": lambda inputs: stepper(inputs, "reference-matmul"),
+        "captured, compiled": lambda inputs: trainer_of(inputs, compiled=True, recorder=CudaGraphs(DEVICE)).train_step,
+        "captured": lambda inputs: trainer_of(inputs, recorder=CudaGraphs(DEVICE)).train_step,
+        "compiled": lambda inputs: trainer_of(inputs, compiled=True).train_step,
+        "auto": lambda inputs: trainer_of(inputs).train_step,
+        "reference": lambda inputs: trainer_of(inputs, "reference").train_step,
+        "reference-matmul": lambda inputs: trainer_of(inputs, "reference-matmul").train_step,
     }
     return Suite(
         "training_step",

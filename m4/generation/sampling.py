@@ -212,13 +212,13 @@ def _from_nucleus(logits: Tensor, rule: Rule, at: Tensor) -> tuple[Tensor, Tenso
     temperature, every = max(rule.temperature, _COLDEST), logits.shape[1]
     # Of the probabilities that top-p adds up: of all ids, or of the top-k.
     counts = (*(count for count in _RANKED if count < every), every) if rule.top_k is None else (rule.top_k,)
-    scaled = logits if rule.top_k is None else logits.topk(min(rule.top_k, every)).values
-    total = (scaled.double() / temperature).logsumexp(-1, keepdim=True)
+    of_all = None if rule.top_k is not None else (logits.double() / temperature).logsumexp(-1, keepdim=True)
     ids, chosen = torch.empty(len(at), dtype=torch.int64, device=at.device), torch.empty_like(logits[:, 0])
     waiting = torch.arange(len(at), device=at.device)
     for count in counts:
         ranked, order = logits[waiting].topk(min(count, every))
-        p = (ranked.double() / temperature - total[waiting]).exp()
+        scaled = ranked.double() / temperature
+        p = (scaled - (scaled.logsumexp(-1, keepdim=True) if of_all is None else of_all[waiting])).exp()
         sums = p.cumsum(-1)
         # An id is left where those before it do not have the probability yet; the first always is.
         left = sums - p < rule.top_p
