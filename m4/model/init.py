@@ -15,6 +15,8 @@ position and kind, and predicts what it sees, the surer the more alike the ids a
   (identity maps as initial values: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", 2023). They
   are sure, and so learn little. All other heads that read visible tokens look softly at tokens of their kind some way
   off (`OFFSETS`), which gives training something to begin with: the other coordinate of a joint, the block beside.
+- The last block's MLP moves what was copied along the scale, and says how surely, by a few entries of the stream that
+  are 0 before training (`m4.model.displacement`).
 
 Names, shapes and semantics of the weights are the same, so checkpoints are too. What was measured, and what was tried
 besides: docs/learning.md.
@@ -33,16 +35,19 @@ from torch import Tensor, nn
 
 from m4.modalities import IMAGE_CODES, IMAGE_GRID, IMAGE_LEVELS, NUM_JOINTS, VISIBILITIES, Modality, RowLayout
 from m4.model.config import ModelConfig
-from m4.model.layers import POSITION_BASE, CrossAttention, SelfAttention
+from m4.model.displacement import CHANNELS, keep_clear, set_displacements
+from m4.model.layers import POSITION_BASE, CrossAttention, DecoderBlock, SelfAttention
 
 INIT_STD = 0.02  # of nano4M
 
 # Fourier features of a bin: waves over the whole scale, from half a period to 512 (a period of 16 bins). Each octave
 # counts this much less than the one below it: how likely a joint is to be some way off falls with the way's logarithm.
-FREQUENCIES, LOWEST, HIGHEST = 24, 0.5, 512.0
+FREQUENCIES, LOWEST, HIGHEST = 16, 0.5, 512.0
 OCTAVE_FALL = 2**-0.25
 # What no other bin shares: a random direction of so many. Labels often stay where they were to the bin.
-OWN_DIRECTIONS = 32
+OWN_DIRECTIONS = 40
+# Channels of displacements are set apart where tokens keep this many dimensions for each of them.
+LEAST_TOKENS = 4
 # Standard deviation of an entry of the embeddings; position embeddings have 0.7.
 TOKEN_STD, MODALITY_STD = 1.0, 0.5
 OWN_SHARE = 0.3  # of a modality in its embedding, beside what its kind shares
@@ -58,7 +63,7 @@ COPY = 2.0  # what a target adds of the visible token, in units of its normalise
 # Logit of the id that was copied, beside ids that have nothing in common with it: bins (what their waves and what their
 # own directions give of it), and codes or visibilities. Those of bins are a guess at how far joints move, of animated
 # and of real poses: within 0.15 nats a coordinate of the best that such rows can say (docs/learning.md).
-WAVES_LOGIT, OWN_LOGIT, CODE_LOGIT = 10.0, 2.0, 20.0
+WAVES_LOGIT, OWN_LOGIT, CODE_LOGIT = 10.0, 3.0, 20.0
 
 
 class Weights(Protocol):
@@ -110,7 +115,7 @@ def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
     copied = COPY * encoded * context * token**0.5
     of_output = copied * (copied**2 + modality + position) ** -0.5  # how much of the output is the copied token
 
-    _vocabulary(model, space, of_output, code_levels)
+    directions = _vocabulary(model, space, of_output, code_levels)
     nn.init.eye_(model.dec_context_proj.weight)
     crossing = [module for module in model.decoder.modules() if isinstance(module, CrossAttention)]
     seeing = [module for module in model.encoder.modules() if isinstance(module, SelfAttention)]
@@ -134,6 +139,8 @@ def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
         for head in range(looks.heads):
             looks.set_head(head, queries, keys, SELF, (encoded**2, encoded**2), next(offsets))
             looks.set_values(head, values)
+    if directions is not None and len(space.channels):
+        _displacements(model, space.channels, directions, (copied**2 + modality + position) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -142,14 +149,15 @@ class Space:
 
     table: (P, D) the position embeddings. positions: what they span (all but 1e-5 of it), and the mean, which norms
     take away. kinds: a direction for each kind of modality (image, joints, and each that is neither). own: one for each
-    modality. tokens: the rest, for what a token is. A model too small for that has kinds and own directions among those
-    of tokens.
+    modality. channels: those of displacements. tokens: the rest, for what a token is. A model too small for that has no
+    channels, or kinds and own directions among those of tokens too.
     """
 
     table: Tensor
     positions: Tensor
     kinds: Tensor
     own: Tensor
+    channels: Tensor
     tokens: Tensor
 
     @classmethod
@@ -164,9 +172,11 @@ class Space:
         positions, rest = bases.to(pos_emb).split([rank, dim - rank])
         rest = nn.init.orthogonal_(torch.empty(len(rest), len(rest))).to(rest) @ rest
         apart = kinds + len(described)
-        tokens = rest[apart:] if len(rest) >= 2 * apart else rest
         directions = rest[torch.arange(apart) % len(rest)]
-        return cls(pos_emb, positions, directions[:kinds], directions[kinds:], tokens)
+        tokens = rest[apart:] if len(rest) >= 2 * apart else rest
+        channels = CHANNELS if len(tokens) >= LEAST_TOKENS * CHANNELS else 0
+        channels, tokens = tokens.split([channels, len(tokens) - channels])
+        return cls(pos_emb, positions, directions[:kinds], directions[kinds:], channels, tokens)
 
     def axes(self, entries: Tensor) -> Tensor:
         """(N, D): what reads these entries (N,) of a position embedding after a norm took its mean away, and nothing of
@@ -185,10 +195,9 @@ class Space:
         of_kind = torch.stack([self.kinds[kinds.index(_kind(modality))] for modality in described])
         return MODALITY_STD * math.sqrt(self.tokens.shape[1]) * (of_kind + OWN_SHARE * self.own)
 
-    def rows(self, features: Tensor) -> Tensor:
-        """(N, D), of length 1: features (N, F), each in a direction of tokens, at right angles if there are so many."""
-        projection = nn.init.orthogonal_(torch.empty(features.shape[1], len(self.tokens)))
-        return nn.functional.normalize(features @ projection.to(features)) @ self.tokens
+    def directions(self, count: int) -> Tensor:
+        """(count, D), random ones of tokens, at right angles if there are so many."""
+        return nn.init.orthogonal_(torch.empty(count, len(self.tokens))).to(self.tokens) @ self.tokens
 
 
 def _kind(modality: Modality) -> str:
@@ -223,28 +232,49 @@ def code_features(code_levels: Sequence[int] = IMAGE_LEVELS) -> Tensor:
     return nn.functional.normalize(torch.cat(features, dim=1)).float()
 
 
-def _vocabulary(model: Weights, space: Space, of_output: float, code_levels: Sequence[int]) -> None:
+def _vocabulary(model: Weights, space: Space, of_output: float, code_levels: Sequence[int]) -> Tensor | None:
     """Rows (V, D) of the token embedding and the output layer that are coordinate bins or image codes.
 
     of_output: share of the decoder's output, a vector of length √D, that is the token it copied.
+
+    Returns:
+        (F, D), the direction of each feature of a bin, None where there are no bins.
     """
     embedding, output, dim = model.enc_tok_emb.weight, model.to_logits.weight, model.config.dim
     layout = RowLayout.of(model.config)
     vocab_sizes = {modality.kind: size for modality, size in zip(layout.described, layout.vocab_sizes, strict=True)}
 
-    def set_rows(first: int, features: Tensor, logit: float) -> None:
-        rows = space.rows(features.to(embedding))
+    def set_rows(first: int, features: Tensor, logit: float) -> Tensor:
+        directions = space.directions(features.shape[1])
+        rows = nn.functional.normalize(features.to(embedding) @ directions)
         embedding[first : first + len(rows)] = TOKEN_STD * math.sqrt(dim) * rows
         output[first : first + len(rows)] = logit / (of_output * math.sqrt(dim)) * rows
+        return directions
 
-    bins = layout.bins
+    bins, of_bins = layout.bins, None
     if bins:
-        set_rows(0, bin_features(bins), WAVES_LOGIT + OWN_LOGIT)
+        of_bins = set_rows(0, bin_features(bins), WAVES_LOGIT + OWN_LOGIT)
         # Visibility is no scale, and as bins its ids would be neighbours.
         set_rows(0, torch.eye(VISIBILITIES)[:bins], CODE_LOGIT)
     if vocab_sizes.get("image", 0) >= IMAGE_CODES:
         # Ids below `bins` stay coordinates. Of the tokenizer fsq hardly any image has such codes.
         set_rows(bins, code_features(code_levels)[bins:], CODE_LOGIT)
+    return of_bins
+
+
+def _displacements(model: Weights, channels: Tensor, directions: Tensor, stream: float) -> None:
+    """Channels for how far joints move, by `m4.model.displacement`.
+
+    Args:
+        directions: (F, D), of the features of a bin.
+        stream: root mean square of the decoder's residual stream.
+    """
+    blocks = [block for block in model.decoder.modules() if isinstance(block, DecoderBlock)]
+    last = blocks[-1].mlp
+    waves, own = directions.split([2 * FREQUENCIES, OWN_DIRECTIONS])
+    set_displacements(last.fc1.weight, last.fc2.weight, channels, waves.unflatten(0, (2, FREQUENCIES)), own, stream)
+    for block in blocks:
+        keep_clear(channels, (block.self_attn.attn_out_proj, block.cross_attn.attn_out_proj, block.mlp.fc2))
 
 
 class Looks:
