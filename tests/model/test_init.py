@@ -83,21 +83,22 @@ def test_features_of_bins(bins: int) -> None:
     place = 2 / 3 if bins == 100 else 1.0
     v = 66 if bins == 100 else bins - 1
     # By hand: from half a period over the scale, so sin(π t) and cos(π t) of the bin's place t, up 10 octaves;
-    # 10 of 12 parts are waves.
+    # 10 of 13 parts are waves.
     sizes = [OCTAVE_FALL ** (10 * i / (FREQUENCIES - 1)) for i in range(FREQUENCIES)]
-    total = math.sqrt(sum(size**2 for size in sizes) * 12 / 10)
+    total = math.sqrt(sum(size**2 for size in sizes) * 13 / 10)
     assert features[v, 0].item() == pytest.approx(math.sin(math.pi * place) / total, abs=1e-6)
     assert features[v, FREQUENCIES].item() == pytest.approx(math.cos(math.pi * place) / total, abs=1e-6)
     fastest = 2 * math.pi * 512 * place
-    assert features[v, 47].item() == pytest.approx(sizes[-1] * math.cos(fastest) / total, abs=1e-6)
-    own = features[:, 48:]
-    torch.testing.assert_close(own.square().sum(1), torch.full_like(own[:, 0], 2 / 12), atol=1e-6, rtol=0)
+    assert features[v, 2 * FREQUENCIES - 1].item() == pytest.approx(sizes[-1] * math.cos(fastest) / total, abs=1e-6)
+    own = features[:, 2 * FREQUENCIES :]
+    torch.testing.assert_close(own.square().sum(1), torch.full_like(own[:, 0], 3 / 13), atol=1e-6, rtol=0)
     if bins > 2:
         assert (own @ own.T).fill_diagonal_(0).mean().abs() < 0.01  # and each another
 
 
 def test_bins_are_the_less_alike_the_further_off() -> None:
-    weight = nn.functional.normalize(model(RUN).enc_tok_emb.weight.detach())
+    wide = replace(RUN, dim=128)  # has a dimension for every feature
+    weight = nn.functional.normalize(model(wide).enc_tok_emb.weight.detach())
     likeness = (weight[4000:4001] @ weight[2:BINS].T)[0, 4000 - 2 :]
     assert likeness[0] == pytest.approx(1.0, abs=1e-5)
     means = [likeness[low : 4 * low].mean().item() for low in (1, 4, 16, 64, 256, 1024)]
@@ -144,7 +145,7 @@ def test_output_rows_are_the_embeddings_own() -> None:
 def test_parts_of_the_space_are_at_right_angles(dim: int) -> None:
     m = model(replace(RUN, dim=dim, enc_depth=1, dec_depth=1))
     space = Space.of(m.pos_emb, RowLayout.of(m.config).described)
-    bases = torch.cat([space.positions, space.kinds, space.own, space.tokens])
+    bases = torch.cat([space.positions, space.kinds, space.own, space.channels, space.tokens])
     torch.testing.assert_close(bases @ bases.T, torch.eye(dim), atol=1e-5, rtol=0)
     outside = m.pos_emb - m.pos_emb @ space.positions.T @ space.positions
     assert outside.norm() < 0.004 * m.pos_emb.norm()
