@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from m4.modalities import NEXT, REFERENCE, RowLayout
 from m4.model import M4
 from m4.run.console import show_progress
 from m4.saved_run import SavedRun
+
+log = logging.getLogger(__name__)
 
 _SAMPLES = 4
 _MOST_ROWS = 60  # a picture of more rows is taller than some formats allow, and than anyone looks at
@@ -74,6 +77,7 @@ class Generation:
             self._check_size()
 
     def run(self) -> int:
+        self._say_what_was_not_trained()
         model = self.saved.model()
         result = self._rolled_out(model) if self.asked.rollout else self._filled(model)
         about = self._about()
@@ -105,6 +109,23 @@ class Generation:
             more = "a pose comes with --pose FILE" if lacking == REFERENCE[1] else "take prepared samples"
             raise ConfigError(f"--given: --image gives {', '.join(known)}, not {lacking}; {more}")
         return given, wanted
+
+    def _say_what_was_not_trained(self) -> None:
+        """The masks of a run decide what it learns; a modality that they leave out is predicted, or read, untrained."""
+        config = self.saved.config
+        for names, key, never in (
+            (self.wanted, "target_alphas", "asked for"),
+            (self.given, "input_alphas", "shown"),
+        ):
+            alphas = dict(zip(config.modalities, getattr(config, key), strict=True))
+            left_out = ", ".join(name for name in names if alphas[name] == 0)
+            if left_out:
+                log.warning(
+                    "%s of this run is 0 for %s, which was never %s in training: expect what an untrained model gives",
+                    key,
+                    left_out,
+                    never,
+                )
 
     def _decoding(self) -> Decoding:
         tokens = sum(self.layout[name].length for name in self.wanted)

@@ -1,5 +1,6 @@
 """A user's slip with a command is one line that names the argument, said before any work; status 2 and no traceback."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import m4.evaluate
 import m4.generate
 import m4.plots
 from m4.cli import exit_status
-from tests.saved_runs import metrics_line
+from tests.saved_runs import metrics_line, save_run, saved_config
 
 COMMANDS = {"evaluate": m4.evaluate.main, "generate": m4.generate.main, "plots": m4.plots.main}
 
@@ -190,6 +191,21 @@ def test_samples_do_not_depend_on_how_many_are_decoded_at_once(call, saved_run, 
         assert call("generate", "--run", saved_run, "--out", out, *arguments)[0] == 0
         pictures.append(out.read_bytes())
     assert pictures[0] == pictures[1]
+
+
+def test_what_the_masks_left_out_is_said(call, picture_data, tmp_path, caplog):
+    config = saved_config(picture_data, tmp_path / "masked")
+    run = save_run(dataclasses.replace(config, input_alphas=[4.0, 1.0, 0.0, 0.0], target_alphas=[0.0, 0.0, 1.0, 3.0]))
+
+    def warnings(*names):
+        caplog.clear()
+        assert call("generate", "--run", run, "--out", tmp_path / "g.npz", "--steps", 1, "--samples", 1, *names)[0] == 0
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings() == []
+    asked, shown = warnings("--given", "coords,coords_next", "--wanted", "tok_rgb,tok_rgb_next")
+    assert asked.startswith("target_alphas of this run is 0 for tok_rgb, which was never asked for in training")
+    assert shown.startswith("input_alphas of this run is 0 for coords_next, which was never shown in training")
 
 
 def _with_next(text):
