@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m4.model import M4, ModelConfig, layers
@@ -102,3 +103,61 @@ def test_norms_that_add_compile(batch: MaskedBatch, monkeypatch: pytest.MonkeyPa
     actual = step(torch.compile(made, backend="aot_eager"), batch)  # type: ignore[arg-type]
     for name, value in expected.items():
         torch.testing.assert_close(actual.get(name, actual.get(f"_orig_mod.{name}")), value, rtol=1e-5, atol=1e-6)
+
+
+def shaken(model: M4) -> M4:
+    """The same model with weights of its norms that differ, and no matrix that is 0."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(-1.5, 1.5, generator=generator)
+            else:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("samples", [4, 8])  # fewer and more tokens than kv_proj has rows, 64
+def test_context_is_standardised_once(samples: int, recompute: bool) -> None:
+    """As every decoder block's own norm of the context, which the padded form has. (Its loss is float32's.)"""
+    batch = random_masked_batch(samples, (12, 12), (12, 12), (60, 40), torch.Generator().manual_seed(0))
+    assert (len(batch.encoder.ids) < 64) == (samples == 4)
+    expected = step(shaken(model(kernels="reference").double()), batch)
+    calls, standardise = [], layers.standardised
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "standardised", lambda x: calls.append(x) or standardise(x))
+        actual = step(shaken(model(activation_checkpointing=recompute).double()), batch)
+    assert len(calls) == 1
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= 2e-6 * value.norm(), name
+    assert all(actual[f"decoder.blocks.{i}.context_norm.weight"].norm() > 0 for i in range(DEPTH))
+
+
+@pytest.mark.parametrize("rows", [0, 5, 12, 40])
+def test_gained_linear(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, gain, weight = (
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in ((rows, 7), (7,), (12, 7))
+    )
+    grad = torch.randn(rows, 12, dtype=torch.float64, generator=generator)
+    y, expected = layers.gained_linear(x, gain, weight), F.linear(x * gain, weight)
+    torch.testing.assert_close(y, expected)
+    gradients = (torch.autograd.grad(result, (x, gain, weight), grad) for result in (y, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("readers", [0, 1, 2, 7])
+def test_gradients_of_readers_are_added_up_in_float32(dtype: torch.dtype, readers: int) -> None:
+    x = torch.ones(9, 4, dtype=dtype, requires_grad=True)
+    grads = torch.randn(readers, 9, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    reads = layers.read_by(x, readers)
+    assert len(reads) == readers
+    assert all(read.data_ptr() == x.data_ptr() for read in reads)  # no copies
+    if readers:
+        sum((read * grad).sum() for read, grad in zip(reads, grads, strict=True)).backward()
+        exact = grads.double().sum(0)
+        step = 2 * torch.finfo(torch.float32).eps * grads.double().abs().sum(0)
+        assert ((x.grad.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + readers * step).all()
