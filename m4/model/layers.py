@@ -4,8 +4,8 @@ Linear layers and norms hold their parameters under nano4M's names; `m4kernels` 
 CPU a layer's product adds its result to the residual stream as it writes it. On a GPU the products are the library's,
 and the norm that comes next adds, which reads the stream anyway: there the stream is a tensor and what it still lacks.
 
-All blocks of the decoder norm the same context, each with a weight of its own. The rows are standardised once; a norm's
-weight is multiplied into them or into the matrix that follows, whichever is smaller.
+All blocks of the decoder norm the same context, each with a weight of its own. Where it has many rows they are
+standardised once, and a norm's weight is multiplied into the matrix that follows.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,9 @@ from m4kernels import Segments, add_layer_norm, cross_modal_attention, layer_nor
 
 LAYER_NORM_EPS = 1e-6
 POSITION_BASE = 10000.0  # of the wavelengths of position embeddings
+# Rows of the context a column from which on they are standardised once: twice those of kv_proj. Fewer gain nothing on a
+# CPU: kv_proj times the norm's weight, and what its gradients take, is fresh memory (benchmarks/NOTES.md).
+MANY_ROWS = 4
 
 
 def norm(dim: int) -> nn.LayerNorm:
@@ -83,13 +86,6 @@ def read_by(x: Tensor, readers: int) -> Sequence[Tensor]:
     return x.expand(readers, *x.shape).unbind()
 
 
-def gained_linear(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
-    """(x * gain) @ weight.T (T, N), for x (T, K), gain (K,) and weight (N, K)."""
-    if len(x) < len(weight):
-        return linear(x * gain, weight)
-    return linear(x, weight * gain)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention over packed tokens (T, D), added to the residual stream (T, D) (see `add_to`)."""
 
@@ -108,8 +104,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from packed tokens x (Tq, D) to packed tokens context (Tk, D) times context_gain (D,), added
-    to the residual stream (Tq, D)."""
+    """Multi-head attention from packed tokens x (Tq, D) to packed tokens context (Tk, D), multiplied by context_gain
+    (D,) where there is one, added to the residual stream (Tq, D)."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -122,14 +118,15 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,
         context: Tensor,
-        context_gain: Tensor,
+        context_gain: Tensor | None,
         residual: Tensor,
         x_segments: Segments,
         context_segments: Segments,
         allow: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         q = linear(x, self.q_proj.weight).unflatten(-1, (-1, self.head_dim))
-        k, v = gained_linear(context, context_gain, self.kv_proj.weight).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
+        kv_weight = self.kv_proj.weight if context_gain is None else self.kv_proj.weight * context_gain
+        k, v = linear(context, kv_weight).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
         attended = cross_modal_attention(q, k, v, x_segments, context_segments, allow=allow).flatten(1)
         return add_to(residual, self.attn_out_proj, attended)
 
@@ -166,8 +163,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Takes the residual stream and what is still to be added to it, and returns both. Its context is `standardised`
-    rows."""
+    """Takes the residual stream and what is still to be added to it, and returns both."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -184,6 +180,7 @@ class DecoderBlock(nn.Module):
         x: Tensor,
         update: Tensor | None,
         context: Tensor,
+        is_standardised: bool,
         x_segments: Segments,
         context_segments: Segments,
         allow: Tensor | None,
@@ -192,7 +189,9 @@ class DecoderBlock(nn.Module):
         y, x = normed(self.norm1, x, update)
         x, update = self.self_attn(y, x, x_segments, allow)
         y, x = normed(self.query_norm, x, update)
-        gain = self.context_norm.weight
+        gain = self.context_norm.weight if is_standardised else None
+        if gain is None:
+            context, _ = normed(self.context_norm, context)
         x, update = self.cross_attn(y, context, gain, x, x_segments, context_segments, allow_cross)
         y, x = normed(self.norm2, x, update)
         return self.mlp(y, x)
@@ -231,5 +230,7 @@ class Decoder(Trunk):
 
     def forward(self, x: Tensor, context: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
         """As `Trunk.forward`, of a context that is not standardised."""
+        if len(context) < MANY_ROWS * context.shape[1]:
+            return super().forward(x, context, False, *others)
         reads = read_by(standardised(context), len(self.blocks))
-        return self._through(x, [(read, *others) for read in reads])
+        return self._through(x, [(read, True, *others) for read in reads])
