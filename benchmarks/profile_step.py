@@ -34,7 +34,7 @@ from m4.model.flops import training_flop
 from m4.training.trainer import Trainer
 from m4kernels import _ext
 
-WARM_UP_S = 3.0  # so many seconds of steps, but one at least: the first makes gradients and moments
+WARM_UP, WARM_UP_S = 2, 3.0  # steps and seconds at least: the first two fault in the pages that later ones have at hand
 Clock = Callable[[], float]
 
 
@@ -123,9 +123,9 @@ class Steps:
     def profile(self, kernels: str, steps: int, rates: Rates) -> dict[str, Any]:
         """The figures of one kind of step: medians of whole ones, means of operators."""
         use_kernels(self.trainer, kernels)
-        warm = 0.0
-        while not warm or warm < WARM_UP_S:
-            warm += seconds_of(self.step, time.perf_counter)
+        done, warm = 0, 0.0
+        while done < WARM_UP or warm < WARM_UP_S:
+            done, warm = done + 1, warm + seconds_of(self.step, time.perf_counter)
         profile, plain = Profile(self.sizes(), self.clock), []
         for _ in range(steps):
             plain.append(seconds_of(self.step, self.clock))
