@@ -108,7 +108,7 @@ gpu-dry-run: setup
 	$(PY) -m benchmarks.gpu --dry-run $(out)
 
 # The extension instrumented by AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the normal one, which
-# `python -m pytest` would import first.
+# `python -m pytest` would import first. Triton's interpreter runs nothing of it and takes most of these tests' time.
 SANITIZED := build/sanitized
 sanitize: setup
 	M4KERNELS_SANITIZE=address,undefined M4KERNELS_CUDA=0 $(PY) setup.py --quiet build \
@@ -119,7 +119,7 @@ sanitize: setup
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 		$(PY) -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
 		-p no:cacheprovider -o pythonpath=$(SANITIZED) -o timeout=1800 tests/ops \
-		-k "not compile and not opcheck and not report and not aot"
+		-k "not compile and not opcheck and not report and not aot and not triton and not interpreter"
 
 compile-gates: setup
 	env -u TRITON_INTERPRET $(PY) -m m4kernels.aot

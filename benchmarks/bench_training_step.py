@@ -3,7 +3,6 @@ references."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,12 +10,12 @@ import torch
 from benchmarks.device import ON_GPU, Unavailable
 from benchmarks.gpu import step as gpu_step
 from benchmarks.measure import Run, Work
+from benchmarks.steps import use_kernels
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
 from m4.batches.train import MicroBatch, StepBatches
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
 from m4.model.flops import training_flop
-from m4.training.adamw import AdamW
 from m4.training.trainer import Stores, Trainer
 from m4kernels import MaskedBatch, PackedTokens, Segments
 from m4kernels.cases import M4_INPUT_MEANS, M4_MAX_SEQ_LENS, M4_TARGET_MEANS, random_packed
@@ -68,13 +67,9 @@ def step(kernels: str, dtype: str = "fp32") -> Callable[[MaskedBatch], Run]:
         if dtype == "bf16" and (why := slow_bf16()) is not None:
             raise Unavailable(f"bf16 is slow here: {why}")
         one = trainer()
-        config = replace(one.model.config, kernels=kernels)
 
         def run() -> None:
-            one.model.config = config
-            one.step._config = replace(one.step._config, dtype=dtype)
-            assert isinstance(one.optimizer, AdamW)
-            one.optimizer.in_one_pass = kernels == "auto"
+            use_kernels(one, kernels, dtype)
             one.batches = OneStep(batch)  # type: ignore[assignment]
             one.train_step()
 

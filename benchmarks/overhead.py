@@ -19,44 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.results import write_figures
+from benchmarks.steps import bare_step, random_stores
 from m4.arguments import CommandParser, whole
-from m4.build import Stores
 from m4.cli import run_command
 from m4.config import TrainConfig, load_config
-from m4.data.store import TokenStore
 from m4.device import HeapTrimmer
 from m4.run.metrics import RunLog
 from m4.schedule import Schedule
 from m4.training.trainer import Trainer
 
-ROWS = 64  # of random tokens
 WARM_UP = 2
 GOAL = 0.02
-
-
-def random_stores(config: TrainConfig) -> Stores:
-    """Tokens that every modality allows; two rows for evaluation."""
-    chance = np.random.default_rng(0)
-    spans = zip(config.vocab_sizes, config.max_seq_lens, strict=True)
-    rows = np.concatenate([chance.integers(0, size, (ROWS, length)) for size, length in spans], axis=1)
-    tokens = rows.astype(np.uint16)
-    names = tuple(str(row) for row in range(ROWS))
-    return Stores(TokenStore(tokens, "random", names), TokenStore(tokens[:2], "random", names[:2]))
-
-
-def bare_step(trainer: Trainer) -> None:
-    """The step at hand, of which nothing is looked at."""
-    inputs = trainer.batches.step(trainer.state.position)
-    trainer.step.start(inputs.counts, trainer.config.lr)
-    for batch in inputs.micro_batches:
-        trainer.step.micro_batch(batch.masked)
-    trainer.step.update()
-    if trainer.execution.asynchronous:
-        trainer.step.read()  # waits for the device
-    trainer.step.release()
 
 
 def timed(act: Callable[[], Any]) -> float:

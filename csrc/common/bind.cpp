@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "common/block_host.h"
+#include "common/fma.h"
 #include "common/pointer.h"
 #include "common/segments.h"
 #include "common/simd.h"
@@ -12,6 +13,7 @@ namespace m4k {
 void bind_simd(py::module_& m) {
     m.def("simd_level", &simd_level_name);
     m.def("set_simd_level", &set_simd_level);
+    m.def("fma_loop", &fma_loop, "steps"_a, release_gil);
 }
 
 void bind_block(py::module_& m) {
