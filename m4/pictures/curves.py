@@ -18,7 +18,8 @@ Line = Mapping[str, Any]
 def loss_curves(train: Sequence[Line], evaluations: Sequence[Line], unigram: Mapping[str, float]) -> Figure:
     """One panel a modality and one for the mean: training and evaluation loss over counted tokens.
 
-    Where evaluations say how far the next pose is off, a panel of it, beside copying the reference pose.
+    A modality that never had a target has no panel. Where evaluations say how far the next pose is off, a panel of it,
+    beside copying the reference pose.
 
     Args:
         train, evaluations: lines with ``tokens`` (millions of counted tokens), ``loss`` and ``per_modality`` (name →
@@ -26,7 +27,10 @@ def loss_curves(train: Sequence[Line], evaluations: Sequence[Line], unigram: Map
             have ``next``, with pose → error_px and pose → copy → error_px (pixels or None).
         unigram: name → cross-entropy of the training set's unigram distribution, drawn as a level.
     """
-    names = list(train[0]["per_modality"])
+    lines = [*train, *evaluations]
+    names = [
+        name for name in train[0]["per_modality"] if any(line["per_modality"].get(name) is not None for line in lines)
+    ]
     poses = [line for line in evaluations if "pose" in line.get("next", {})]
     panels = len(names) + 1 + bool(poses)
     figure = Figure(figsize=(4 * panels, 3.4), layout="constrained")
@@ -50,9 +54,9 @@ def _pose_errors(axes: Axes, lines: Sequence[Line]) -> None:
     axes.plot(*_curve(lines, [pose["error_px"] for pose in poses]), "o-", ms=3, lw=1.5, color="C1", label="predicted")
     copied = [pose["copy"]["error_px"] for pose in poses]
     axes.plot(*_curve(lines, copied), color="k", ls="--", lw=1, label="copying the reference")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.1 * axes.get_ylim()[1])
     axes.set_ylabel("error (pixels)")
-    axes.legend()
+    axes.legend(loc="lower right")  # errors seldom come near 0
     _dress(axes, "next pose")
 
 
