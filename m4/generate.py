@@ -25,7 +25,16 @@ from m4.generation.files import endings, is_drawn, write_result
 from m4.generation.horizons import TrueMoments, horizon_errors
 from m4.generation.inputs import Inputs, picture_inputs, row_array, rows_of, spread_rows
 from m4.generation.moments import IMAGES, Painter, check_drawable
-from m4.generation.options import MAX_GUIDANCE, MAX_SEED, MAX_TEMPERATURE, MAX_TOP_K, ORDERS, STEPS, Decoding
+from m4.generation.options import (
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    ORDERS,
+    STEPS,
+    Decoding,
+    default_steps,
+)
 from m4.generation.results import Filled, Result, RolledOut
 from m4.generation.rollout import check_rollout, roll_out
 from m4.generation.schedules import SCHEDULES
@@ -112,20 +121,23 @@ class Generation:
 
     def _say_what_was_not_trained(self) -> None:
         """The masks of a run decide what it learns; a modality that they leave out is predicted, or read, untrained."""
+
+        def left_out(names: Sequence[str], alphas: Sequence[float]) -> str:
+            of_name = dict(zip(self.layout.modalities, alphas, strict=True))
+            return ", ".join(name for name in names if of_name[name] == 0)
+
         config = self.saved.config
-        for names, key, never in (
-            (self.wanted, "target_alphas", "asked for"),
-            (self.given, "input_alphas", "shown"),
-        ):
-            alphas = dict(zip(config.modalities, getattr(config, key), strict=True))
-            left_out = ", ".join(name for name in names if alphas[name] == 0)
-            if left_out:
-                log.warning(
-                    "%s of this run is 0 for %s, which was never %s in training: expect what an untrained model gives",
-                    key,
-                    left_out,
-                    never,
-                )
+        asked, shown = config.target_alphas, config.input_alphas
+        if never := left_out(self.wanted, asked):
+            log.warning("the masks of this run (target_alphas) never asked for %s: the prediction is untrained", never)
+        if never := left_out(self.given, shown):
+            log.warning("the masks of this run (input_alphas) never showed %s: what is given is read untrained", never)
+        if self.decoding.steps > 1 and (never := left_out(self.wanted, shown)):
+            log.warning(
+                "the masks of this run (input_alphas) never showed %s, which steps after the first read: --steps 1 is "
+                "what it was trained for",
+                never,
+            )
 
     def _decoding(self) -> Decoding:
         tokens = sum(self.layout[name].length for name in self.wanted)
@@ -136,7 +148,7 @@ class Generation:
         if self.asked.guidance != 1 and not self.given:
             raise ConfigError("--guidance: nothing is given that could guide; name it with --given, or leave this out")
         chosen = {field.name: getattr(self.asked, field.name) for field in dataclasses.fields(Decoding)}
-        return Decoding(**{**chosen, "steps": steps or min(STEPS, tokens)})
+        return Decoding(**{**chosen, "steps": steps or default_steps(self.saved.config, self.wanted, tokens)})
 
     def _inputs(self) -> Inputs:
         asked = self.asked
@@ -270,7 +282,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_decoding(how: argparse._ArgumentGroup) -> None:
     default = Decoding()
-    how.add_argument("--steps", type=whole(1), metavar="S", help=f"decoding steps (default {STEPS})")
+    steps = f"decoding steps (default {STEPS}; 1 where training never showed what is wanted)"
+    how.add_argument("--steps", type=whole(1), metavar="S", help=steps)
     kept = f"tokens that each step keeps: as many in each, more and more, few at first (default {default.schedule})"
     how.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help=kept)
     order = f"which tokens are kept first (default {default.order})"

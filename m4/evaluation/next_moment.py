@@ -26,7 +26,7 @@ from m4.evaluation.displacement import DisplacementHistogram
 from m4.evaluation.frames import Decode, person_boxes, pixel_figures, token_accuracy
 from m4.generation.decode import generate, predict_at_once, whole_batch
 from m4.generation.estimates import CodeValues
-from m4.generation.options import MAX_SEED, STEPS, Decoding
+from m4.generation.options import MAX_SEED, Decoding, default_steps
 from m4.modalities import NEXT, REFERENCE, VISIBILITIES, RowLayout, data_vocab_size
 from m4.model import M4
 from m4.poses import Poses, median_pose, nearest_figures, pose_figures
@@ -190,7 +190,7 @@ class NextMoment:
         assert self.pose is not None
         span, limits = self.layout.span(self.pose[1]), self.layout.id_limits(self.meta).to(device)
         drawn = np.empty((futures, samples, span.stop - span.start), dtype=np.int64)
-        steps = min(STEPS, span.stop - span.start)
+        steps = default_steps(self.config, self.pose[1:], span.stop - span.start)
         for rows in self._batches(samples, batch_size, f"drawing {futures} next poses each"):
             tokens = store.batch(rows).to(device)
             for number in range(futures):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from m4.config import TrainConfig
 from m4.generation.schedules import SCHEDULES
 
 ORDERS = ("confidence", "random")
@@ -13,6 +15,16 @@ MAX_SEED = 2**64 - 1
 MAX_TEMPERATURE = 1_000_000  # ids are long since equally likely, and float32 still holds the noise beside -inf
 MAX_GUIDANCE = 1000.0
 MAX_TOP_K = 2**31 - 1
+
+
+def default_steps(config: TrainConfig, wanted: Collection[str], tokens: int) -> int:
+    """Forward passes for so many tokens of the modalities ``wanted`` where nothing else is asked for.
+
+    One where the masks of training never showed any of them (`input_alphas` 0): later steps would read, untrained, what
+    the first filled in. Drawn next poses of such a run were further off for it (docs/learning.md).
+    """
+    shown = any(alpha > 0 for name, alpha in zip(config.modalities, config.input_alphas, strict=True) if name in wanted)
+    return min(STEPS, tokens) if shown else 1
 
 
 @dataclass(frozen=True)
