@@ -3,16 +3,11 @@
 Linear layers and norms hold their parameters under nano4M's names; `m4kernels` computes, several steps at once. On a
 CPU a layer's product adds its result to the residual stream as it writes it. On a GPU the products are the library's,
 and the norm that comes next adds, which reads the stream anyway: there the stream is a tensor and what it still lacks.
-
-All blocks of the decoder norm the same context, each with a weight of its own. Where it has many rows they are
-standardised once, and a norm's weight is multiplied into the matrix that follows.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,9 +16,6 @@ from m4kernels import Segments, add_layer_norm, cross_modal_attention, layer_nor
 
 LAYER_NORM_EPS = 1e-6
 POSITION_BASE = 10000.0  # of the wavelengths of position embeddings
-# Rows of the context a column from which on they are standardised once: twice those of kv_proj. Fewer gain nothing on a
-# CPU: kv_proj times the norm's weight, and what its gradients take, is fresh memory (benchmarks/NOTES.md).
-MANY_ROWS = 4
 
 
 def norm(dim: int) -> nn.LayerNorm:
@@ -58,32 +50,11 @@ def normed(
     """
     if not norms_add(x):
         return layer(x), x
-    dtype = _multiplied_dtype(x) if dtype is None else dtype
+    if dtype is None and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
     if update is None:
         return layer_norm(x, layer.weight, eps=layer.eps, out_dtype=dtype), x
     return add_layer_norm(x, update, layer.weight, eps=layer.eps, out_dtype=dtype)
-
-
-def _multiplied_dtype(x: Tensor) -> torch.dtype | None:
-    """What the next product multiplies of x: autocast's dtype, None for x's own."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(x.device.type)
-
-
-def standardised(x: Tensor) -> Tensor:
-    """Rows of x (T, D) with mean 0 and variance 1, a norm without its weight; in the dtype that `normed` gives."""
-    if not norms_add(x):
-        return F.layer_norm(x, x.shape[1:], eps=LAYER_NORM_EPS)
-    return layer_norm(x, x.new_ones(x.shape[1]), eps=LAYER_NORM_EPS, out_dtype=_multiplied_dtype(x))
-
-
-def read_by(x: Tensor, readers: int) -> Sequence[Tensor]:
-    """x for each of its readers. In 16 bits their gradients are added up in float32 and rounded once; autograd would
-    round every partial sum."""
-    if x.dtype.itemsize > 2 or readers < 2:
-        return [x] * readers
-    return x.expand(readers, *x.shape).unbind()
 
 
 class SelfAttention(nn.Module):
@@ -104,8 +75,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from packed tokens x (Tq, D) to packed tokens context (Tk, D), multiplied by context_gain
-    (D,) where there is one, added to the residual stream (Tq, D)."""
+    """Multi-head attention from packed tokens x (Tq, D) to packed tokens context (Tk, D), added to the residual stream
+    (Tq, D)."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
@@ -118,15 +89,13 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,
         context: Tensor,
-        context_gain: Tensor | None,
         residual: Tensor,
         x_segments: Segments,
         context_segments: Segments,
         allow: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         q = linear(x, self.q_proj.weight).unflatten(-1, (-1, self.head_dim))
-        kv_weight = self.kv_proj.weight if context_gain is None else self.kv_proj.weight * context_gain
-        k, v = linear(context, kv_weight).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
+        k, v = linear(context, self.kv_proj.weight).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
         attended = cross_modal_attention(q, k, v, x_segments, context_segments, allow=allow).flatten(1)
         return add_to(residual, self.attn_out_proj, attended)
 
@@ -180,7 +149,6 @@ class DecoderBlock(nn.Module):
         x: Tensor,
         update: Tensor | None,
         context: Tensor,
-        is_standardised: bool,
         x_segments: Segments,
         context_segments: Segments,
         allow: Tensor | None,
@@ -189,10 +157,8 @@ class DecoderBlock(nn.Module):
         y, x = normed(self.norm1, x, update)
         x, update = self.self_attn(y, x, x_segments, allow)
         y, x = normed(self.query_norm, x, update)
-        gain = self.context_norm.weight if is_standardised else None
-        if gain is None:
-            context, _ = normed(self.context_norm, context)
-        x, update = self.cross_attn(y, context, gain, x, x_segments, context_segments, allow_cross)
+        context, _ = normed(self.context_norm, context)
+        x, update = self.cross_attn(y, context, x, x_segments, context_segments, allow_cross)
         y, x = normed(self.norm2, x, update)
         return self.mlp(y, x)
 
@@ -209,28 +175,13 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.recompute = recompute
 
-    def forward(self, x: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after all blocks, which take the same others, and what is still to be added to it."""
-        return self._through(x, [others] * len(self.blocks))
-
-    def _through(self, x: Tensor, others: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor | None]:
-        """As `forward`, with the others of every block."""
+    def forward(self, x: Tensor, *context: Any) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after all blocks, and what is still to be added to it."""
         stream: tuple[Tensor, Tensor | None] = (x, None)
-        for block, its in zip(self.blocks, others, strict=True):
+        for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 # Nothing in a block is random.
-                stream = checkpoint(block, *stream, *its, use_reentrant=False, preserve_rng_state=False)
+                stream = checkpoint(block, *stream, *context, use_reentrant=False, preserve_rng_state=False)
             else:
-                stream = block(*stream, *its)
+                stream = block(*stream, *context)
         return stream
-
-
-class Decoder(Trunk):
-    """Blocks that all read one context (T, D)."""
-
-    def forward(self, x: Tensor, context: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
-        """As `Trunk.forward`, of a context that is not standardised."""
-        if len(context) < MANY_ROWS * context.shape[1]:
-            return super().forward(x, context, False, *others)
-        reads = read_by(standardised(context), len(self.blocks))
-        return self._through(x, [(read, True, *others) for read in reads])

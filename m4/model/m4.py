@@ -16,7 +16,7 @@ from m4.device import total_memory
 from m4.modalities import IMAGE_LEVELS
 from m4.model import init
 from m4.model.config import ModelConfig, allow_matrix
-from m4.model.layers import POSITION_BASE, Decoder, DecoderBlock, EncoderBlock, Trunk, norm, normed
+from m4.model.layers import POSITION_BASE, DecoderBlock, EncoderBlock, Trunk, norm, normed
 from m4.model.padded import padded_losses
 from m4kernels import MaskedBatch, PackedTokens, Segments, embedding, linear, linear_cross_entropy
 
@@ -92,7 +92,7 @@ class M4(nn.Module):
         self.encoder = Trunk([EncoderBlock(config) for _ in range(config.enc_depth)], config.activation_checkpointing)
         self.enc_norm = norm(dim)
         self.dec_context_proj = nn.Linear(dim, dim, bias=True)
-        self.decoder = Decoder([DecoderBlock(config) for _ in range(config.dec_depth)], config.activation_checkpointing)
+        self.decoder = Trunk([DecoderBlock(config) for _ in range(config.dec_depth)], config.activation_checkpointing)
         self.dec_norm = norm(dim)
         self.to_logits = nn.Linear(dim, config.vocabulary, bias=False)
         for name in ("encoder", "decoder", "cross"):

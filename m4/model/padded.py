@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m4.model.config import ModelConfig
-from m4.model.layers import MLP, CrossAttention, Decoder, SelfAttention, Trunk
+from m4.model.layers import MLP, CrossAttention, SelfAttention, Trunk
 from m4kernels import MaskedBatch
 from m4kernels.segments import IGNORE_INDEX
 
@@ -28,7 +28,7 @@ class Weights(Protocol):
     encoder: Trunk
     enc_norm: nn.LayerNorm
     dec_context_proj: nn.Linear
-    decoder: Decoder
+    decoder: Trunk
     dec_norm: nn.LayerNorm
     to_logits: nn.Linear
     vocab_limits: Tensor

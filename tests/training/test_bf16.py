@@ -22,7 +22,7 @@ def config(tiny_train_config, monkeypatch):
     monkeypatch.setattr(api, "NARROWEST", 8)
     if _ext.load() is not None and not has_amx():  # ours multiply bfloat16, whatever is faster here
         monkeypatch.setitem(api.OWN_LEVELS, torch.bfloat16, (_ext.require().simd_level(),))
-    return dataclasses.replace(tiny_train_config, batch_size=16, global_batch_size=32)
+    return dataclasses.replace(tiny_train_config, batch_size=16, global_batch_size=32, lr=0.01)
 
 
 def test_losses_are_within_a_hundredth_of_those_in_fp32(config, monkeypatch):

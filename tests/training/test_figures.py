@@ -27,7 +27,8 @@ def config(config):
 def test_accuracy_is_of_the_whole_step(config, kernels, execution):
     """Against the logits of its micro-batches, before the update."""
     trainer = Trainer(dataclasses.replace(config, kernels=kernels), execution=execution, device=CPU)
-    for step in range(4):
+    found_any = 0.0
+    for step in range(8):
         right, count = torch.zeros(4), torch.zeros(4)
         with torch.no_grad():
             for micro_batch in trainer.batches.step(trainer.state.position).micro_batches:
@@ -39,7 +40,8 @@ def test_accuracy_is_of_the_whole_step(config, kernels, execution):
                     count[m] += (there & (targets.modalities == m)).sum()
         figures = trainer.train_step()
         assert figures.accuracies == pytest.approx((right / count).tolist()), step
-    assert sum(figures.accuracies) > 0
+        found_any += sum(figures.accuracies)
+    assert found_any > 0
 
 
 def test_every_line_has_them(config):
