@@ -14,11 +14,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import timed
 from benchmarks.results import write_figures
 from benchmarks.steps import bare_step, random_stores
 from m4.arguments import CommandParser, whole
@@ -31,13 +31,6 @@ from m4.training.trainer import Trainer
 
 WARM_UP = 2
 GOAL = 0.02
-
-
-def timed(act: Callable[[], Any]) -> float:
-    """Seconds that it takes."""
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
 
 
 class Added:

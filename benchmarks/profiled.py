@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FORWARD, GRAD_X, GRAD_WEIGHT = "linear, forward", "linear, d x", "linear, d weight"
 ATTENTION, ATTENTION_BACKWARD = "attention, forward", "attention, backward"
 LOSS, NORMS, EMBEDDING, GELU = "output layer and loss", "norms", "embedding", "GELU"
-UPDATE, SUMS, OTHERS = "norm of gradients, AdamW", "additions", "other operators"
+UPDATE, SUMS, OTHERS = "norm of gradients, optimizer", "additions", "other operators"
 PARTS = (
     *(FORWARD, GRAD_X, GRAD_WEIGHT, ATTENTION, ATTENTION_BACKWARD),
     *(LOSS, NORMS, GELU, EMBEDDING, SUMS, UPDATE, OTHERS),

@@ -8,6 +8,7 @@ from m4.build import Stores
 from m4.config import TrainConfig
 from m4.data.store import TokenStore
 from m4.training.adamw import AdamW
+from m4.training.optimizer import MuonAndAdamW
 from m4.training.trainer import Trainer
 
 ROWS = 64  # of random tokens
@@ -39,5 +40,7 @@ def use_kernels(trainer: Trainer, kernels: str, dtype: str = "fp32") -> None:
     """From here on the trainer's steps are those of such ``kernels`` and such a ``dtype``."""
     trainer.model.config = replace(trainer.model.config, kernels=kernels)
     trainer.step._config = replace(trainer.step._config, dtype=dtype)
-    assert isinstance(trainer.optimizer, AdamW)
-    trainer.optimizer.in_one_pass = kernels == "auto"
+    optimizer = trainer.optimizer
+    adamw = optimizer.adamw if isinstance(optimizer, MuonAndAdamW) else optimizer
+    assert isinstance(adamw, AdamW)
+    adamw.in_one_pass = kernels == "auto"

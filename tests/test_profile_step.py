@@ -13,6 +13,7 @@ from benchmarks.profile_step import Steps
 from benchmarks.profiled import ATTENTION, ATTENTION_BACKWARD, FORWARD, GRAD_WEIGHT, GRAD_X, LOSS, PARTS, Rates
 from m4.errors import ConfigError
 from m4.model.flops import training_flop
+from m4.training.optimizer import MuonAndAdamW
 from m4kernels.ops.linear import api
 
 RATES = Rates(products=1e9, copying=1e8)
@@ -72,6 +73,18 @@ def pairs_of(batch):
     return batch.encoder.segments.batch_size * (inputs**2 + targets**2 + inputs * targets)
 
 
+def test_with_muon(config, monkeypatch):
+    """What `M4-tiny.yaml`, the default, has: AdamW does the rows of the vocabulary, in one pass or torch's."""
+    monkeypatch.setattr(profile_step, "WARM_UP_S", 0.0)
+    steps = Steps(dataclasses.replace(config, optimizer="muon"), time.thread_time)
+    for kernels, in_one_pass in (("reference", False), ("auto", True)):
+        found = steps.profile(kernels, 1, RATES)
+        assert found["parts"][profiled.UPDATE]["calls"] > 0
+        optimizer = steps.trainer.optimizer
+        assert isinstance(optimizer, MuonAndAdamW)
+        assert optimizer.adamw.in_one_pass == in_one_pass
+
+
 def test_what_tensors_weigh(steps):
     """Views weigh nothing; what is changed is read and written; of an embedding only the rows that are looked up."""
     profile = profiled.Profile(steps.sizes(), time.thread_time)
@@ -107,7 +120,7 @@ def test_the_command(tiny_config, tmp_path, monkeypatch, capsys):
 
 
 def test_rates_of_this_machine(monkeypatch):
-    """Of small products: each library is named, and a loop in registers is no slower than reading memory."""
+    """Each library is named; floors are of the faster."""
     monkeypatch.setattr(profile_step, "best", lambda run, clock, times=5: (run(), 0.5)[1])
     rates = profile_step.machine_rates(time.thread_time)
     assert rates["PyTorch float32"] == 2 * 2048**3 / 0.5

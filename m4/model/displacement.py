@@ -25,12 +25,8 @@ from torch import Tensor, nn
 BANDS = 3  # of waves, slow to fast, with a channel each for the way and for the width
 CHANNELS = 2 * BANDS + 1  # and one for whether the joint stays to the bin
 UNIT = 0.5  # what a hidden unit has of the channel, and of the entry
-SIGNS = (
-    (1, 1, 1),
-    (-1, -1, 1),
-    (1, -1, -1),
-    (-1, 1, -1),
-)  # of the channel, the entry and the output: e(c + t) - e(c - t)
+# Signs of the channel, the entry and the output in the four units: e(c + t) - e(c - t).
+SIGNS = ((1, 1, 1), (-1, -1, 1), (1, -1, -1), (-1, 1, -1))
 
 
 @torch.no_grad()

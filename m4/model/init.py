@@ -62,7 +62,7 @@ OFFSETS = (NUM_JOINTS, -NUM_JOINTS, 1, -1, IMAGE_GRID, -IMAGE_GRID, 2 * NUM_JOIN
 COPY = 2.0  # what a target adds of the visible token, in units of its normalised values
 # Logit of the id that was copied, beside ids that have nothing in common with it: bins (what their waves and what their
 # own directions give of it), and codes or visibilities. Those of bins are a guess at how far joints move, of animated
-# and of real poses: within 0.15 nats a coordinate of the best that such rows can say (docs/learning.md).
+# and of real poses (docs/learning.md).
 WAVES_LOGIT, OWN_LOGIT, CODE_LOGIT = 10.0, 3.0, 20.0
 
 
@@ -113,7 +113,8 @@ def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
     encoded = (token + modality + position) ** -0.5
     context = (encoded**2 * (token + modality) + (encoded + 1) ** 2 * position) ** -0.5  # positions are added again
     copied = COPY * encoded * context * token**0.5
-    of_output = copied * (copied**2 + modality + position) ** -0.5  # how much of the output is the copied token
+    stream = copied**2 + modality + position  # mean square of the decoder's residual stream
+    of_output = copied * stream**-0.5  # how much of the output is the copied token
 
     directions = _vocabulary(model, space, of_output, code_levels)
     nn.init.eye_(model.dec_context_proj.weight)
@@ -140,7 +141,7 @@ def fourier(model: Weights, code_levels: Sequence[int] = IMAGE_LEVELS) -> None:
             looks.set_head(head, queries, keys, SELF, (encoded**2, encoded**2), next(offsets))
             looks.set_values(head, values)
     if directions is not None and len(space.channels):
-        _displacements(model, space.channels, directions, (copied**2 + modality + position) ** 0.5)
+        _displacements(model, space.channels, directions, stream**0.5)
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ class Space:
         apart = kinds + len(described)
         directions = rest[torch.arange(apart) % len(rest)]
         tokens = rest[apart:] if len(rest) >= 2 * apart else rest
-        channels = CHANNELS if len(tokens) >= LEAST_TOKENS * CHANNELS else 0
-        channels, tokens = tokens.split([channels, len(tokens) - channels])
+        count = CHANNELS if len(tokens) >= LEAST_TOKENS * CHANNELS else 0
+        channels, tokens = tokens.split([count, len(tokens) - count])
         return cls(pos_emb, positions, directions[:kinds], directions[kinds:], channels, tokens)
 
     def axes(self, entries: Tensor) -> Tensor:
