@@ -146,12 +146,12 @@ class _Stretches:
                 highest, where = logits.max(-1)
                 best[rows, number], best_id[rows, number] = highest, where + start
                 logits -= highest[:, None]
+                if values is not None:  # (a power of exp(logits), which is needed too, would take three times as long)
+                    points[rows, number] = (SHARPNESS * logits).exp_() @ values[start : start + size]
                 if not shared:
                     scaled = (logits / temperature).exp_().sum(-1)
                     mass[rows, number] = highest.double() / temperature + scaled.double().log_()
                 plain[rows, number] = highest.double() + logits.exp_().sum(-1).double().log_()
-                if values is not None:
-                    points[rows, number] = logits.pow_(SHARPNESS) @ values[start : start + size]
         total = plain.logsumexp(-1)
         scale = (SHARPNESS * (best - best.amax(-1, keepdim=True))).exp()
         sums = (points * scale[..., None]).sum(1)
