@@ -31,6 +31,10 @@ _OF_NAME = {
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": ATTENTION_BACKWARD,
     "m4kernels::cross_modal_attention": ATTENTION,
     "m4kernels::cross_modal_attention_backward": ATTENTION_BACKWARD,
+    "m4kernels::cross_modal_attention_qkvpacked": ATTENTION,
+    "m4kernels::cross_modal_attention_qkvpacked_backward": ATTENTION_BACKWARD,
+    "m4kernels::cross_modal_attention_kvpacked": ATTENTION,
+    "m4kernels::cross_modal_attention_kvpacked_backward": ATTENTION_BACKWARD,
     "m4kernels::linear_cross_entropy": LOSS,
     "m4kernels::linear_cross_entropy_gradient": LOSS,
     "aten::native_layer_norm": NORMS,
@@ -131,7 +135,7 @@ class Profile(TorchDispatchMode):
         row = self.rows.setdefault(key, Row(*key))
         row.calls += 1
         row.seconds += seconds
-        row.flop += self._flop(name, args)
+        row.flop += self._flop(func, args)
         row.bytes += _bytes(func, args, result)
         return result
 
@@ -162,8 +166,9 @@ class Profile(TorchDispatchMode):
         """Whether they are whole attention weights (B, H, Nq, Nk), or such of all heads one after another."""
         return x.dim() in (3, 4) and x.shape[-3] > 1 and set(x.shape[-2:]) <= self.sizes.widths
 
-    def _flop(self, name: str, args: tuple[Any, ...]) -> float:
+    def _flop(self, func: Any, args: tuple[Any, ...]) -> float:
         """Floating-point operations of the products in a call; a multiplication and an addition are two."""
+        name = func._schema.name
         if name in (*_PRODUCTS, "aten::bmm"):
             a, b = args[-2:]
             return 2.0 * a.numel() * b.shape[-1]
@@ -175,9 +180,9 @@ class Profile(TorchDispatchMode):
             x, weight, targets, _, limit = args[:5]
             classes = float(len(targets) * len(weight)) if limit is None else float(limit.sum())
             return 2.0 * (1 + args[8] + args[9]) * classes * x.shape[1]  # logits, and the gradients that are wanted
-        if name in ("m4kernels::cross_modal_attention", "m4kernels::cross_modal_attention_backward"):
-            backward = name.endswith("backward")
-            return (5 if backward else 2) * _flop_of_attention(args[3:] if backward else args)
+        if name.startswith("m4kernels::cross_modal_attention"):
+            of_name = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=True)}
+            return (5 if name.endswith("_backward") else 2) * _flop_of_attention(of_name)
         if name in _OF_NAME and _OF_NAME[name] in (ATTENTION, ATTENTION_BACKWARD):  # padded: (B, H, N, Dh)
             backward = _OF_NAME[name] == ATTENTION_BACKWARD
             q, k = args[1:3] if backward else args[:2]
@@ -189,14 +194,17 @@ def _in_backward() -> bool:
     return torch._C._current_autograd_node() is not None
 
 
-def _flop_of_attention(args: tuple[Any, ...]) -> float:
-    """Of one product over all pairs of a query and a key that it may attend to."""
-    q, q_counts, k_counts, allow = args[0], args[4], args[7], args[9]
+def _flop_of_attention(args: dict[str, Any]) -> float:
+    """Of one product over all pairs of a query and a key that it may attend to; self-attention has `qkv` and `counts`
+    for `q` and those of queries and keys."""
+    q_counts, k_counts = (args["counts" if "counts" in args else name] for name in ("q_counts", "k_counts"))
+    heads, head_dim = args["qkv" if "qkv" in args else "q"].shape[-2:]
+    allow = args["allow"]
     if allow is None:
         pairs = (q_counts.sum(1).double() * k_counts.sum(1).double()).sum()
     else:
         pairs = torch.einsum("bm,mn,bn->", q_counts.double(), allow.double(), k_counts.double())
-    return 2.0 * float(pairs) * q.shape[1] * q.shape[2]
+    return 2.0 * float(pairs) * heads * head_dim
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -3,6 +3,10 @@
 from m4kernels._version import __version__
 from m4kernels.ops.adamw_step.api import adamw_step
 from m4kernels.ops.cross_modal_attention.api import cross_modal_attention
+from m4kernels.ops.cross_modal_attention.packed import (
+    cross_modal_attention_kvpacked,
+    cross_modal_attention_qkvpacked,
+)
 from m4kernels.ops.embedding.api import embedding
 from m4kernels.ops.layer_norm.api import add_layer_norm, layer_norm
 from m4kernels.ops.linear.api import linear
@@ -22,6 +26,8 @@ __all__ = [
     "adamw_step",
     "add_layer_norm",
     "cross_modal_attention",
+    "cross_modal_attention_kvpacked",
+    "cross_modal_attention_qkvpacked",
     "dequantize_coords",
     "embedding",
     "layer_norm",

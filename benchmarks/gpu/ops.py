@@ -29,6 +29,8 @@ from m4kernels import (
     adamw_step,
     add_layer_norm,
     cross_modal_attention,
+    cross_modal_attention_kvpacked,
+    cross_modal_attention_qkvpacked,
     dequantize_coords,
     embedding,
     linear,
@@ -79,6 +81,18 @@ def _mask(inputs: Samples, backend: str) -> Sequence[Tensor]:
 def _attention(inputs: Layer, backend: str) -> list[Tensor]:
     q, k, v, q_segments, k_segments, allow, _ = inputs
     out = cross_modal_attention(q, k, v, q_segments, k_segments, allow=allow, backend=backend)
+    return _differentiated(out, (q, k, v))
+
+
+def _packed_attention(inputs: Layer, backend: str) -> list[Tensor]:
+    """As the model's layers call it: the gradients are one tensor a projection, joined here from three leaves."""
+    q, k, v, q_segments, k_segments, allow, _ = inputs
+    if q_segments is k_segments:
+        qkv = torch.stack((q, k, v), 1)
+        out = cross_modal_attention_qkvpacked(qkv, q_segments, allow=allow, backend=backend)
+    else:
+        kv = torch.stack((k, v), 1)
+        out = cross_modal_attention_kvpacked(q, kv, q_segments, k_segments, allow=allow, backend=backend)
     return _differentiated(out, (q, k, v))
 
 
@@ -143,6 +157,9 @@ def checks(*, small: bool) -> dict[str, list[Check]]:
         dtypes = (HALF, SINGLE) if kind == "encoder" and not within else (HALF,)  # each compiles for seconds
         return Check(f"{kind}, within" if within else kind, build, _attention, dtypes)
 
+    def packed(kind: str) -> Check:
+        return Check(f"{kind}, packed", partial(layer, kind, batch, backward=True), _packed_attention, (HALF,))
+
     fc2 = partial(bench_linear.layer, rows, 4 * dim, dim, gelu=True, residual=True)
     whole = partial(tokens, count, dim, classes, ignored=0.1)
     limits = partial(tokens, count, dim, classes, limits=(classes, classes // 8))
@@ -154,6 +171,7 @@ def checks(*, small: bool) -> dict[str, list[Check]]:
         "cross_modal_attention": [
             *(attention(kind, False) for kind in ("encoder", "decoder", "cross")),
             attention("encoder", True),
+            *(packed(kind) for kind in ("encoder", "cross")),
         ],
         "linear_cross_entropy": [
             Check("whole", whole, _loss, (HALF, SINGLE), _largest_logit),

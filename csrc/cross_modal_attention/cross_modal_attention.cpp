@@ -19,9 +19,14 @@ void run_level(const AttentionPlan& plan, const BackwardArgs<uint16_t>& args) {
     M4K_CALL_LEVEL(attention_backward, (plan, args));
 }
 
+// Zeros in the tokens that belong to no sample. Head by head: what lies between may be another tensor's.
 template <typename T>
-void clear_tail(const Heads<T>& x, int64_t end, int64_t tokens) {
-    std::fill(x.data + end * x.token, x.data + tokens * x.token, T{0});
+void clear_tail(const Heads<T>& x, int heads, int head_dim, int64_t end, int64_t tokens) {
+    for (int64_t token = end; token < tokens; ++token) {
+        for (int head = 0; head < heads; ++head) {
+            std::fill_n(x.data + token * x.token + head * x.head, head_dim, T{0});
+        }
+    }
 }
 
 // Below this many multiplications a second thread costs more than it saves (about 5 us to wake it).
@@ -41,19 +46,21 @@ Args with_useful_threads(const AttentionPlan& plan, Args args) {
 template <typename T>
 void cross_modal_attention(const AttentionPlan& plan, const ForwardArgs<T>& args) {
     run_level(plan, with_useful_threads(plan, args));
-    clear_tail(args.out, plan.q_end, args.shape.q_tokens);
-    for (int h = 0; h < args.shape.q_heads; ++h) {
-        float* row = args.lse + h * args.shape.q_tokens;
-        std::fill(row + plan.q_end, row + args.shape.q_tokens, -std::numeric_limits<float>::infinity());
+    const AttentionShape& shape = args.shape;
+    clear_tail(args.out, shape.q_heads, shape.head_dim, plan.q_end, shape.q_tokens);
+    for (int h = 0; h < shape.q_heads; ++h) {
+        float* row = args.lse + h * shape.q_tokens;
+        std::fill(row + plan.q_end, row + shape.q_tokens, -std::numeric_limits<float>::infinity());
     }
 }
 
 template <typename T>
 void cross_modal_attention_backward(const AttentionPlan& plan, const BackwardArgs<T>& args) {
     run_level(plan, with_useful_threads(plan, args));
-    clear_tail(args.grad_q, plan.q_end, args.shape.q_tokens);
-    clear_tail(args.grad_k, plan.k_end, args.shape.k_tokens);
-    clear_tail(args.grad_v, plan.k_end, args.shape.k_tokens);
+    const AttentionShape& shape = args.shape;
+    clear_tail(args.grad_q, shape.q_heads, shape.head_dim, plan.q_end, shape.q_tokens);
+    clear_tail(args.grad_k, shape.kv_heads, shape.head_dim, plan.k_end, shape.k_tokens);
+    clear_tail(args.grad_v, shape.kv_heads, shape.head_dim, plan.k_end, shape.k_tokens);
 }
 
 template void cross_modal_attention(const AttentionPlan&, const ForwardArgs<float>&);

@@ -23,7 +23,7 @@ struct AttentionShape {
     int threads;
 };
 
-// T is float, or uint16_t for the bits of bfloat16. Outputs and gradients are contiguous.
+// T is float, or uint16_t for the bits of bfloat16. Outputs and gradients may be views into larger tensors too.
 template <typename T>
 struct ForwardArgs {
     AttentionShape shape;

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m4.model.config import ModelConfig
-from m4kernels import Segments, add_layer_norm, cross_modal_attention, layer_norm, linear
+from m4kernels import (
+    Segments,
+    add_layer_norm,
+    cross_modal_attention_kvpacked,
+    cross_modal_attention_qkvpacked,
+    layer_norm,
+    linear,
+)
 
 LAYER_NORM_EPS = 1e-6
 POSITION_BASE = 10000.0  # of the wavelengths of position embeddings
@@ -69,8 +76,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, segments: Segments, allow: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = linear(x, self.qkv_proj.weight).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        attended = cross_modal_attention(q, k, v, segments, segments, allow=allow).flatten(1)
+        qkv = linear(x, self.qkv_proj.weight).unflatten(-1, (3, -1, self.head_dim))
+        attended = cross_modal_attention_qkvpacked(qkv, segments, allow=allow).flatten(1)
         return add_to(residual, self.attn_out_proj, attended)
 
 
@@ -95,8 +102,8 @@ class CrossAttention(nn.Module):
         allow: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         q = linear(x, self.q_proj.weight).unflatten(-1, (-1, self.head_dim))
-        k, v = linear(context, self.kv_proj.weight).unflatten(-1, (2, -1, self.head_dim)).unbind(1)
-        attended = cross_modal_attention(q, k, v, x_segments, context_segments, allow=allow).flatten(1)
+        kv = linear(context, self.kv_proj.weight).unflatten(-1, (2, -1, self.head_dim))
+        attended = cross_modal_attention_kvpacked(q, kv, x_segments, context_segments, allow=allow).flatten(1)
         return add_to(residual, self.attn_out_proj, attended)
 
 

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m4.model import M4, ModelConfig, layers
-from m4kernels import MaskedBatch
+from m4kernels import MaskedBatch, Segments, cross_modal_attention
 from m4kernels.cases import random_masked_batch
+from tests.ops.attention_cases import Made
 
 DEPTH = 2
 NORMS_THAT_ADD = (2 * DEPTH - 1) + 1 + (3 * DEPTH - 1) + 1  # but the first of each trunk; enc_norm and dec_norm too
@@ -102,3 +103,55 @@ def test_norms_that_add_compile(batch: MaskedBatch, monkeypatch: pytest.MonkeyPa
     actual = step(torch.compile(made, backend="aot_eager"), batch)  # type: ignore[arg-type]
     for name, value in expected.items():
         torch.testing.assert_close(actual.get(name, actual.get(f"_orig_mod.{name}")), value, rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def three_tensors() -> Iterator[None]:
+    """Queries, keys and values given to the op one by one; autograd joins their gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            layers,
+            "cross_modal_attention_qkvpacked",
+            lambda qkv, segments, **options: cross_modal_attention(*qkv.unbind(1), segments, segments, **options),
+        )
+        patch.setattr(
+            layers,
+            "cross_modal_attention_kvpacked",
+            lambda q, kv, *segments, **options: cross_modal_attention(q, *kv.unbind(1), *segments, **options),
+        )
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_projections_change_no_bit(batch: MaskedBatch, dtype: torch.dtype) -> None:
+    with three_tensors(), Made() as made:
+        expected = step(model(), batch, dtype)
+    assert "m4kernels::cross_modal_attention_backward" in dict(made.sizes)
+    with Made() as made:
+        actual = step(model(), batch, dtype)
+    assert "m4kernels::cross_modal_attention_backward" not in dict(made.sizes)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_the_backward_pass_of_a_layer_makes_no_second_gradient_of_the_projection(kind: str) -> None:
+    """Nothing of the size of the projection is made but its gradient, by the kernel: no stack, no copy."""
+    torch.manual_seed(0)
+    q_seg, k_seg = (Segments.from_counts(torch.tensor(n)) for n in ([[3, 2], [0, 5]], [[4, 0], [1, 6]]))
+    dim, q_tokens, k_tokens = 16, 10, 11
+    x, context = torch.randn(q_tokens, dim, requires_grad=True), torch.randn(k_tokens, dim, requires_grad=True)
+    layer: nn.Module
+    if kind == "self":
+        layer, size = layers.SelfAttention(dim, 8), 3 * dim * q_tokens
+        out, _ = layer(x, torch.zeros_like(x), q_seg, None)
+    else:
+        layer, size = layers.CrossAttention(dim, 8), 2 * dim * k_tokens
+        out, _ = layer(x, context, torch.zeros_like(x), q_seg, k_seg, None)
+    assert size not in [p.numel() for p in layer.parameters()]
+    with Made() as made:
+        out.sum().backward()
+    packed = "qkv" if kind == "self" else "kv"
+    assert [name for name, n in made.sizes if n == size] == [
+        f"m4kernels::cross_modal_attention_{packed}packed_backward"
+    ]
+    assert not any(name in ("aten::stack", "aten::cat", "aten::copy_", "aten::clone") for name, _ in made.sizes)

@@ -4,8 +4,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from m4kernels import Segments, cross_modal_attention
+from m4kernels import (
+    Segments,
+    cross_modal_attention,
+    cross_modal_attention_kvpacked,
+    cross_modal_attention_qkvpacked,
+)
 from m4kernels.testing import assert_within_error_budget
 
 
@@ -122,6 +128,16 @@ def case(
     return [q, kv[:, 0], kv[:, 1], grad], q_seg, k_seg
 
 
+def qkvpacked(q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, _k_seg: Segments, **options: Any) -> Tensor:
+    """`cross_modal_attention` through one tensor of all three."""
+    return cross_modal_attention_qkvpacked(torch.stack((q, k, v), 1), q_seg, **options)
+
+
+def kvpacked(q: Tensor, k: Tensor, v: Tensor, q_seg: Segments, k_seg: Segments, **options: Any) -> Tensor:
+    """`cross_modal_attention` through one tensor of keys and values."""
+    return cross_modal_attention_kvpacked(q, torch.stack((k, v), 1), q_seg, k_seg, **options)
+
+
 def run(function: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
     """[out, dq, dk, dv]"""
     *inputs, grad = tensors
@@ -131,16 +147,38 @@ def run(function: Any, tensors: list[Tensor], *args: Any, **kwargs: Any) -> list
 
 
 def check(
-    kernel: Kernel, tensors: list[Tensor], q_seg: Segments, k_seg: Segments, allow: Tensor | None, scale: float | None
+    kernel: Kernel,
+    tensors: list[Tensor],
+    q_seg: Segments,
+    k_seg: Segments,
+    allow: Tensor | None,
+    scale: float | None,
+    function: Any = cross_modal_attention,
 ) -> list[Tensor]:
     """Forward and backward against the dense float64 truth; plain PyTorch in the same dtype sets the budget, and what a
     kernel recomputes adds to it."""
     allow = None if allow is None else allow.to(tensors[0].device)
     truth = run(dense, [x.double() for x in tensors], q_seg, k_seg, allow, scale)
     plain = run(dense, tensors, q_seg, k_seg, allow, scale)
-    actual = run(cross_modal_attention, tensors, q_seg, k_seg, allow=allow, scale=scale, backend=kernel.backend)
+    actual = run(function, tensors, q_seg, k_seg, allow=allow, scale=scale, backend=kernel.backend)
     further = rounding_of_recomputation(tensors, q_seg, k_seg, allow, scale)
     for name, a, p, t, more in zip(("out", "dq", "dk", "dv"), actual, plain, truth, further, strict=True):
         assert_within_error_budget(a, p, t, further=more, what=name)
-        assert a.is_contiguous()
+        assert a.is_contiguous() or function is not cross_modal_attention
     return actual
+
+
+class Made(TorchDispatchMode):
+    """The operators that run under it, with the sizes of what they make anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.sizes.append((func._schema.name, x.numel()))
+        return result

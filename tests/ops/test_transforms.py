@@ -14,6 +14,8 @@ from m4kernels import (
     MaskingSpec,
     Segments,
     cross_modal_attention,
+    cross_modal_attention_kvpacked,
+    cross_modal_attention_qkvpacked,
     dequantize_coords,
     linear_cross_entropy,
     mask_tokens,
@@ -40,6 +42,19 @@ def plain_attention(q: Tensor) -> Tensor:
     return (out * torch.linspace(-1, 1, 96, dtype=q.dtype).view(6, 2, 8)).sum()
 
 
+def packed_attention_of(qkv: Tensor, backend: str) -> Tensor:
+    """() of qkv (6, 3, 2, 8), by both forms for fused projections."""
+    out = cross_modal_attention_qkvpacked(qkv, SEGMENTS, backend=backend)
+    out = cross_modal_attention_kvpacked(out, qkv[:, 1:], SEGMENTS, SEGMENTS, backend=backend)
+    return (out * torch.linspace(-1, 1, 96).view(6, 2, 8)).sum()
+
+
+def plain_packed_attention(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.unbind(1)
+    out = dense(dense(q, k, v, SEGMENTS, SEGMENTS, None, None), k, v, SEGMENTS, SEGMENTS, None, None)
+    return (out * torch.linspace(-1, 1, 96, dtype=qkv.dtype).view(6, 2, 8)).sum()
+
+
 def weight_of(x: Tensor) -> Tensor:
     return torch.linspace(-2, 2, 7 * 16, dtype=x.dtype).view(7, 16).sin()
 
@@ -53,7 +68,11 @@ def plain_loss(x: Tensor) -> Tensor:
     return whole_logits(Case(x, weight_of(x), TARGETS, None, None)).loss * 0.7
 
 
-OPS = {"attention": (attention_of, plain_attention, (6, 2, 8)), "loss": (loss_of, plain_loss, (6, 16))}
+OPS = {
+    "attention": (attention_of, plain_attention, (6, 2, 8)),
+    "packed attention": (packed_attention_of, plain_packed_attention, (6, 3, 2, 8)),
+    "loss": (loss_of, plain_loss, (6, 16)),
+}
 
 
 @pytest.fixture(params=OPS)

@@ -58,6 +58,6 @@ def _aot_type(argument: str, dtype: str, head_dim: int) -> str:
         return "i32" if head_dim % 16 else "i32:16"
     if argument.endswith(("cu_seqlens", "counts")):
         return "*i32:16"
-    integers = ("total", "q_total", "samples", "heads", "tiles")
+    integers = ("total", "q_total", "samples", "heads", "tiles", "pitch")
     types = {"allow": "*i1:16", "scale": "fp32", "lse": "*fp32:16", "lse_delta": "*i64:16"}
     return (types | dict.fromkeys(integers, "i32")).get(argument, f"*{dtype}:16")

@@ -1,7 +1,9 @@
-"""Public function cross_modal_attention and its registration with torch.library."""
+"""Public function cross_modal_attention, and how attention is registered with torch.library."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from m4kernels import _checks
@@ -54,85 +56,110 @@ def cross_modal_attention(
         ValueError: a shape, dtype or device does not fit, or, for CPU tensors, the values of the segments are
             inconsistent or do not lie within q and k; the message names the argument.
     """
-    if not (isinstance(q_segments, Segments) and isinstance(k_segments, Segments)):
-        name, value = ("k", k_segments) if isinstance(q_segments, Segments) else ("q", q_segments)
-        raise ValueError(
-            f"{OP}: {name}_segments must be Segments, got {type(value).__name__}: use Segments.from_counts"
+    q_parts, k_parts = parts_of(f"{OP}: q_segments", q_segments), parts_of(f"{OP}: k_segments", k_segments)
+    return _op(q, k, v, *q_parts, *k_parts, allow, scale_of(OP, scale), backend or "")[0]
+
+
+def parts_of(name: str, segments: Segments) -> tuple[Tensor, Tensor, int]:
+    """What a schema takes of segments; ValueError where they are something else."""
+    if not isinstance(segments, Segments):
+        raise ValueError(f"{name} must be Segments, got {type(segments).__name__}: use Segments.from_counts")
+    return segments.cu_seqlens, segments.counts, segments.max_seqlen
+
+
+def scale_of(op: str, scale: float | None) -> float | None:
+    return scale if scale is None else _checks.number(f"{op}: scale", scale)
+
+
+SEGMENTS = "Tensor {0}cu_seqlens, Tensor {0}counts, SymInt {0}max_seqlen"
+OPTIONS = "Tensor? allow, float? scale, str backend"
+
+
+def register(
+    name: str,
+    arguments: str,
+    leaves: int,
+    views: Callable[..., Sequence[Tensor]],
+    call_of: Callable[..., AttentionArguments],
+) -> Op:
+    """Register an op that gives (out, lse), and `<name>_backward`.
+
+    Args:
+        arguments: of its schema, the last being the backend.
+        leaves: how many of the first ones are differentiable.
+        views: (q, k, v) as they lie in tensors of the leaves' shapes.
+        call_of: the call of all arguments but the backend.
+    """
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        call = call_of(*args[:-1])
+        call.check_structure()
+        module = dispatcher.select(args[-1], call)
+        call.check_values()
+        return module.cross_modal_attention(call)
+
+    def forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+        call = call_of(*args[:-1])
+        call.check_structure()
+        q = call.q
+        return q.new_empty(q.shape), q.new_empty(call.lse_shape, dtype=compute_dtype(q.dtype))
+
+    def backward(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        call = call_of(*args[:-1])
+        call.check_structure()
+        call.check_gradient(grad_out, out, lse)
+        module = dispatcher.select(args[-1], call)
+        call.check_values()
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in args[:leaves])
+        q, k, v = views(*grads)
+        module.cross_modal_attention_backward(call, grad_out, out, lse, (q, k, v))
+        return grads if leaves > 1 else grads[0]
+
+    def backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        call = call_of(*args[:-1])
+        call.check_structure()
+        call.check_gradient(grad_out, out, lse)
+        grads = tuple(x.new_empty(x.shape) for x in args[:leaves])
+        return grads if leaves > 1 else grads[0]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # of lse, which never has a gradient: zeros, filled at every call
+        ctx.save_for_backward(*output, *(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.others = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+
+    def autograd_backward(ctx: Any, grad_out: Tensor | None, _grad_lse: None) -> tuple[Tensor | None, ...]:
+        rest = (None,) * (len(ctx.others) - leaves)
+        if grad_out is None:  # what uses the result has no gradient for it
+            return (None,) * leaves + rest
+        out, lse, *saved = ctx.saved_tensors
+        args = (other if x is None else x for x, other in zip(saved, ctx.others, strict=True))
+        call = backward_op.through_the_dispatcher if is_batched(grad_out) else backward_op
+        grads = call(grad_out, out, lse, *args)
+        return (*grads, *rest) if leaves > 1 else (grads, *rest)
+
+    def no_second_derivative(_ctx: Any, *_grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{name}: the second derivative is not implemented; use torch.nn.functional.scaled_dot_product_attention "
+            "on each sample"
         )
-    if scale is not None:
-        scale = _checks.number(f"{OP}: scale", scale)
-    q_parts = (q_segments.cu_seqlens, q_segments.counts, q_segments.max_seqlen)
-    k_parts = (k_segments.cu_seqlens, k_segments.counts, k_segments.max_seqlen)
-    return _op(q, k, v, *q_parts, *k_parts, allow, scale, backend or "")[0]
 
-
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionArguments.from_flat(*args[:-1])
-    call.check_structure()
-    module = dispatcher.select(args[-1], call)
-    call.check_values()
-    return module.cross_modal_attention(call)
-
-
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = AttentionArguments.from_flat(*args[:-1])
-    call.check_structure()
-    q = call.q
-    return q.new_empty(q.shape), q.new_empty(call.lse_shape, dtype=compute_dtype(q.dtype))
-
-
-def _backward(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = AttentionArguments.from_flat(*args[:-1])
-    call.check_structure()
-    call.check_gradient(grad_out, out, lse)
-    module = dispatcher.select(args[-1], call)
-    call.check_values()
-    return module.cross_modal_attention_backward(call, grad_out, out, lse)
-
-
-def _backward_fake(grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = AttentionArguments.from_flat(*args[:-1])
-    call.check_structure()
-    call.check_gradient(grad_out, out, lse)
-    return call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape), call.v.new_empty(call.v.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, q_cu_seqlens, q_counts, ctx.q_max_seqlen, k_cu_seqlens, k_counts, ctx.k_max_seqlen, allow = inputs[:10]
-    ctx.scale, ctx.backend = inputs[10:]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # of lse, which never has a gradient: zeros, filled at every call
-    ctx.save_for_backward(*output, q, k, v, q_cu_seqlens, q_counts, k_cu_seqlens, k_counts, allow)
-
-
-def _autograd_backward(ctx: Any, grad_out: Tensor | None, _grad_lse: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:  # what uses the result has no gradient for it
-        return (None,) * 12
-    out, lse, q, k, v, q_cu_seqlens, q_counts, k_cu_seqlens, k_counts, allow = ctx.saved_tensors
-    q_parts = (q_cu_seqlens, q_counts, ctx.q_max_seqlen)
-    k_parts = (k_cu_seqlens, k_counts, ctx.k_max_seqlen)
-    backward = _backward_op.through_the_dispatcher if is_batched(grad_out) else _backward_op
-    grads = backward(grad_out, out, lse, q, k, v, *q_parts, *k_parts, allow, ctx.scale, ctx.backend)
-    return *grads, *(None,) * 9
-
-
-def _no_second_derivative(_ctx: Any, *_grads: Tensor) -> None:
-    raise NotImplementedError(
-        f"{OP}: the second derivative is not implemented; use torch.nn.functional.scaled_dot_product_attention on each "
-        "sample"
+    op = Op(f"{name}({arguments}) -> (Tensor out, Tensor lse)", forward, forward_fake, autograd_backward, setup_context)
+    results = ", ".join(["Tensor"] * leaves)
+    backward_op = Op(
+        f"{name}_backward(Tensor grad_out, Tensor out, Tensor lse, {arguments}) -> ({results})",
+        backward,
+        backward_fake,
+        no_second_derivative,
+        lambda ctx, inputs, output: None,
     )
+    return op
 
 
-_SEGMENTS = "Tensor {0}_cu_seqlens, Tensor {0}_counts, SymInt {0}_max_seqlen"
-_ARGUMENTS = (
-    f"Tensor q, Tensor k, Tensor v, {_SEGMENTS.format('q')}, {_SEGMENTS.format('k')}, Tensor? allow, float? scale, "
-    "str backend"
-)
-_op = Op(f"{OP}({_ARGUMENTS}) -> (Tensor out, Tensor lse)", _forward, _forward_fake, _autograd_backward, _setup_context)
-_backward_op = Op(
-    f"{OP}_backward(Tensor grad_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    _no_second_derivative,
-    lambda ctx, inputs, output: None,
+_op = register(
+    OP,
+    f"Tensor q, Tensor k, Tensor v, {SEGMENTS.format('q_')}, {SEGMENTS.format('k_')}, {OPTIONS}",
+    leaves=3,
+    views=lambda q, k, v: (q, k, v),
+    call_of=AttentionArguments.from_flat,
 )

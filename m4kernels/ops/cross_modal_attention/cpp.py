@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m4kernels import _ext
-from m4kernels.ops.cross_modal_attention.arguments import OP, AttentionArguments
+from m4kernels.ops.cross_modal_attention.arguments import OP, AttentionArguments, Gradients
 
 
 def can_run(call: AttentionArguments) -> str | None:
@@ -29,11 +29,13 @@ def cross_modal_attention_backward(
     grad_out: Tensor,  # (Tq, H, Dh)
     _out: Tensor,  # (Tq, H, Dh)
     lse: Tensor,  # (H, Tq)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to q, k and v; `out` is not needed, since whole rows of scores are at hand."""
+    grads: Gradients,
+) -> None:
+    """Writes the gradients with respect to q, k and v; `out` is not needed, since whole rows of scores are at hand."""
     grad_out, q, k, v = (_readable(x) for x in (grad_out, *call[:3]))
     lse = lse.contiguous()
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=q.dtype) for x in (q, k, v))
+    written = [x if x.dtype == q.dtype else torch.empty(x.shape, dtype=q.dtype) for x in grads]
+    grad_q, grad_k, grad_v = written
     _run(
         f"{OP}_backward",
         1,
@@ -48,8 +50,9 @@ def cross_modal_attention_backward(
         grad_k=_view(grad_k),
         grad_v=_view(grad_v),
     )
-    dtype = call.q.dtype
-    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
+    for grad, computed in zip(grads, written, strict=True):
+        if computed is not grad:  # float16
+            grad.copy_(computed)
 
 
 def _run(function: str, direction: int, call: AttentionArguments, queries: Tensor, **tensors: Any) -> None:

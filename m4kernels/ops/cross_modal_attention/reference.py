@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m4kernels._dtypes import compute_dtype
 from m4kernels.backend import runs_always
-from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments
+from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments, Gradients
 from m4kernels.segments import Segments
 
 can_run = runs_always
@@ -37,21 +37,21 @@ def cross_modal_attention_backward(
     grad_out: Tensor,  # (Tq, H, Dh)
     _out: Tensor,  # (Tq, H, Dh)
     lse: Tensor,  # (H, Tq)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to q, k and v, from P = exp(scores - lse), dP = dO Vᵀ, dS = P (dP - Σ P dP) scale."""
+    grads: Gradients,
+) -> None:
+    """Writes the gradients of q, k and v, from P = exp(scores - lse), dP = dO Vᵀ, dS = P (dP - Σ P dP) scale."""
     q, k, v, q_segments, k_segments, allow, scale = call
-    grad_q, grad_k, grad_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (grad.zero_() for grad in grads)
     groups = k.shape[1]
     for rows, keys, allowed in _samples(q_segments, k_segments, allow):
         queries, values, scores = _scores(q[rows], k[keys], v[keys], allowed, scale)
         weights = _exp_minus(scores, lse[:, rows].unflatten(0, (groups, -1)))
-        grads = grad_out[rows].to(scores.dtype).unflatten(1, (groups, -1))
-        grad_weights = torch.einsum("qhgd,khd->hgqk", grads, values)
+        of_out = grad_out[rows].to(scores.dtype).unflatten(1, (groups, -1))
+        grad_weights = torch.einsum("qhgd,khd->hgqk", of_out, values)
         grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
         grad_q[rows] = torch.einsum("hgqk,khd->qhgd", grad_scores, k[keys].to(scores.dtype)).flatten(1, 2).to(q.dtype)
         grad_k[keys] = torch.einsum("hgqk,qhgd->khd", grad_scores, queries).to(k.dtype)
-        grad_v[keys] = torch.einsum("hgqk,qhgd->khd", weights, grads).to(v.dtype)
-    return grad_q, grad_k, grad_v
+        grad_v[keys] = torch.einsum("hgqk,qhgd->khd", weights, of_out).to(v.dtype)
 
 
 def _samples(

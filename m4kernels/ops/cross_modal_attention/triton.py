@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m4kernels._triton import bfloat16_unfit, launch_on
 from m4kernels.ops.cross_modal_attention import triton_kernels as kernels
-from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments
+from m4kernels.ops.cross_modal_attention.arguments import AttentionArguments, Gradients
 from m4kernels.segments import Segments
 
 MAX_HEAD_DIM = 128
@@ -96,29 +96,47 @@ def cross_modal_attention_backward(
     grad_out: Tensor,  # (Tq, H, Dh)
     out: Tensor,  # (Tq, H, Dh)
     lse: Tensor,  # (H, Tq)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to q, k and v."""
+    grads: Gradients,
+) -> None:
+    """Writes the gradients with respect to q, k and v."""
     grad_out, q, k, v, out = (_readable(x) for x in (grad_out, *call[:3], out))
     lse = lse.contiguous()
-    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    grad_q, grad_k, grad_v = grads
     lse_delta = torch.empty(lse.shape, dtype=torch.int64, device=lse.device)
     launches = launches_of(q)
     both = _strided(grad_out=grad_out, q=q, k=k, v=v) | _where(call) | {"lse_delta": lse_delta}
     with launch_on(q):
         grid, sizes = _grid(q, call.q_segments, launches.grad_q.block_q)
         kernels.grad_q_kernel[grid](
-            **both, **_strided(out=out), lse=lse, grad_q=grad_q, **sizes, **constants_of(call, launches.grad_q)
+            **both,
+            **_strided(out=out),
+            lse=lse,
+            grad_q=grad_q,
+            pitch=_pitch(grad_q),
+            **sizes,
+            **constants_of(call, launches.grad_q),
         )
         grid, sizes = _grid(k, call.k_segments, launches.grad_kv.block_k)
         kernels.grad_kv_kernel[grid](
-            **both, grad_k=grad_k, grad_v=grad_v, q_total=len(q), **sizes, **constants_of(call, launches.grad_kv)
+            **both,
+            grad_k=grad_k,
+            grad_v=grad_v,
+            pitch=_pitch(grad_k),
+            q_total=len(q),
+            **sizes,
+            **constants_of(call, launches.grad_kv),
         )
-    return grad_q, grad_k, grad_v
 
 
 def _readable(x: Tensor) -> Tensor:
     """x as the kernels read it: any steps between tokens and heads, none within a head."""
     return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _pitch(grad: Tensor) -> int:
+    """Heads from token to token of a gradient. With head_dim, which is compiled in, the compiler knows from it how wide
+    stores may be, more than from steps: those it knows by multiples of 16 only."""
+    return grad.stride(0) // grad.shape[2]
 
 
 def _strided(**tensors: Tensor) -> dict[str, Tensor | int]:

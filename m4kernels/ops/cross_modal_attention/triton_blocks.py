@@ -94,11 +94,11 @@ def store(p_x, stride, rows, b_x, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, B
 
 @triton.jit
 def zero_tail(
-    x,  # (total, heads, HEAD_DIM), contiguous
+    x,  # (total, heads, HEAD_DIM), `pitch` heads from token to token
     cu_seqlens,  # (samples + 1,)
     total,
     samples,
-    heads,
+    pitch,
     i_head,
     i_tile,
     tiles,
@@ -110,9 +110,9 @@ def zero_tail(
     i_first = tl.load(cu_seqlens + samples)
     for i_block in range(i_tile, tl.cdiv(total - i_first, BLOCK), tiles):
         i_token = i_first + i_block * BLOCK
-        p_x = at(x, i_token, i_head, heads * HEAD_DIM, HEAD_DIM)
+        p_x = at(x, i_token, i_head, pitch * HEAD_DIM, HEAD_DIM)
         b_zero = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        store(p_x, heads * HEAD_DIM, total - i_token, b_zero, HEAD_DIM, BLOCK, BLOCK_D)
+        store(p_x, pitch * HEAD_DIM, total - i_token, b_zero, HEAD_DIM, BLOCK, BLOCK_D)
 
 
 @triton.jit

@@ -146,7 +146,7 @@ def grad_q_kernel(
     out,  # (total, heads, HEAD_DIM)
     lse,  # (heads, total)
     lse_delta,  # (heads, total), written: see pack_rows
-    grad_q,  # (total, heads, HEAD_DIM), contiguous
+    grad_q,  # (total, heads, HEAD_DIM), `pitch` heads from token to token
     q_cu_seqlens,  # (samples + 1,)
     k_cu_seqlens,  # (samples + 1,)
     q_counts,  # (samples, MODALITIES)
@@ -157,6 +157,7 @@ def grad_q_kernel(
     samples,
     heads,
     tiles,
+    pitch,
     stride_grad_out,
     stride_grad_out_head,
     stride_q,
@@ -176,7 +177,7 @@ def grad_q_kernel(
 ):
     i_head, i_tile, i_sample = place(heads, tiles)
     if i_sample == samples:
-        zero_tail(grad_q, q_cu_seqlens, total, samples, heads, i_head, i_tile, tiles, HEAD_DIM, BLOCK_Q, BLOCK_D)
+        zero_tail(grad_q, q_cu_seqlens, total, samples, pitch, i_head, i_tile, tiles, HEAD_DIM, BLOCK_Q, BLOCK_D)
         return
     i_start, i_query = tl.load(q_cu_seqlens + i_sample), i_tile * BLOCK_Q
     rows = tl.load(q_cu_seqlens + i_sample + 1) - i_start - i_query
@@ -230,8 +231,8 @@ def grad_q_kernel(
         b_grad_score = b_weight * (dot(b_g, tl.trans(b_v)) - b_delta[:, None])
         b_grad_q += dot(b_grad_score.to(b_k.dtype), b_k)
 
-    p_grad_q = at(grad_q, i_row, i_head, heads * HEAD_DIM, HEAD_DIM)
-    store(p_grad_q, heads * HEAD_DIM, rows, b_grad_q * scale, HEAD_DIM, BLOCK_Q, BLOCK_D)
+    p_grad_q = at(grad_q, i_row, i_head, pitch * HEAD_DIM, HEAD_DIM)
+    store(p_grad_q, pitch * HEAD_DIM, rows, b_grad_q * scale, HEAD_DIM, BLOCK_Q, BLOCK_D)
 
 
 @triton.jit
@@ -241,8 +242,8 @@ def grad_kv_kernel(
     k,  # (total, heads, HEAD_DIM)
     v,  # (total, heads, HEAD_DIM)
     lse_delta,  # (GROUP * heads, Tq), from grad_q_kernel
-    grad_k,  # (total, heads, HEAD_DIM), contiguous
-    grad_v,  # (total, heads, HEAD_DIM), contiguous
+    grad_k,  # (total, heads, HEAD_DIM), `pitch` heads from token to token
+    grad_v,  # (total, heads, HEAD_DIM), likewise
     q_cu_seqlens,  # (samples + 1,)
     k_cu_seqlens,  # (samples + 1,)
     q_counts,  # (samples, MODALITIES)
@@ -254,6 +255,7 @@ def grad_kv_kernel(
     samples,
     heads,
     tiles,
+    pitch,
     stride_grad_out,
     stride_grad_out_head,
     stride_q,
@@ -271,8 +273,8 @@ def grad_kv_kernel(
 ):
     i_head, i_tile, i_sample = place(heads, tiles)
     if i_sample == samples:
-        zero_tail(grad_k, k_cu_seqlens, total, samples, heads, i_head, i_tile, tiles, HEAD_DIM, BLOCK_K, BLOCK_D)
-        zero_tail(grad_v, k_cu_seqlens, total, samples, heads, i_head, i_tile, tiles, HEAD_DIM, BLOCK_K, BLOCK_D)
+        zero_tail(grad_k, k_cu_seqlens, total, samples, pitch, i_head, i_tile, tiles, HEAD_DIM, BLOCK_K, BLOCK_D)
+        zero_tail(grad_v, k_cu_seqlens, total, samples, pitch, i_head, i_tile, tiles, HEAD_DIM, BLOCK_K, BLOCK_D)
         return
     i_start, i_key = tl.load(k_cu_seqlens + i_sample), i_tile * BLOCK_K
     rows = tl.load(k_cu_seqlens + i_sample + 1) - i_start - i_key
@@ -323,7 +325,7 @@ def grad_kv_kernel(
             b_grad_score = b_weight * (dot(b_v, tl.trans(b_g)) - b_delta[None, :])
             b_grad_k += dot(b_grad_score.to(b_q.dtype), b_q)
 
-    p_grad_k = at(grad_k, i_row, i_head, heads * HEAD_DIM, HEAD_DIM)
-    p_grad_v = at(grad_v, i_row, i_head, heads * HEAD_DIM, HEAD_DIM)
-    store(p_grad_k, heads * HEAD_DIM, rows, b_grad_k * scale, HEAD_DIM, BLOCK_K, BLOCK_D)
-    store(p_grad_v, heads * HEAD_DIM, rows, b_grad_v, HEAD_DIM, BLOCK_K, BLOCK_D)
+    p_grad_k = at(grad_k, i_row, i_head, pitch * HEAD_DIM, HEAD_DIM)
+    p_grad_v = at(grad_v, i_row, i_head, pitch * HEAD_DIM, HEAD_DIM)
+    store(p_grad_k, pitch * HEAD_DIM, rows, b_grad_k * scale, HEAD_DIM, BLOCK_K, BLOCK_D)
+    store(p_grad_v, pitch * HEAD_DIM, rows, b_grad_v, HEAD_DIM, BLOCK_K, BLOCK_D)
