@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.device import ON_GPU, backends
+from benchmarks.device import ON_GPU, backends, require_bf16
 from benchmarks.measure import Run, Work
 from benchmarks.peers.onednn import linear_onednn
 from benchmarks.suite import Case, Suite, test_guard, test_time  # noqa: F401
@@ -49,6 +49,9 @@ Function = Callable[[Layer], Tensor]
 
 def trained(function: Function, *, bf16: bool = False) -> Callable[[Layer], Run]:
     def prepare(inputs: Layer) -> Run:
+        if bf16:
+            require_bf16()
+
         def run() -> None:
             with torch.autocast(inputs.x.device.type, torch.bfloat16, enabled=bf16):
                 y = function(inputs)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.device import ON_GPU, Unavailable
+from benchmarks.device import ON_GPU, require_bf16
 from benchmarks.gpu import step as gpu_step
 from benchmarks.measure import Run, Work
 from benchmarks.steps import use_kernels
@@ -19,7 +19,6 @@ from m4.model.flops import training_flop
 from m4.training.trainer import Stores, Trainer
 from m4kernels import MaskedBatch, PackedTokens, Segments
 from m4kernels.cases import M4_INPUT_MEANS, M4_MAX_SEQ_LENS, M4_TARGET_MEANS, random_packed
-from m4kernels.processor import slow_bf16
 
 VOCABULARY = (65536,) * 4
 BF16 = ("auto, bf16", "reference, bf16")
@@ -64,8 +63,8 @@ def trainer() -> Trainer:
 
 def step(kernels: str, dtype: str = "fp32") -> Callable[[MaskedBatch], Run]:
     def prepare(batch: MaskedBatch) -> Run:
-        if dtype == "bf16" and (why := slow_bf16()) is not None:
-            raise Unavailable(f"bf16 is slow here: {why}")
+        if dtype == "bf16":
+            require_bf16()
         one = trainer()
 
         def run() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from m4kernels.dispatch import Dispatcher, unavailable
+from m4kernels.processor import slow_bf16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -14,6 +15,12 @@ ON_GPU = DEVICE.type == "cuda"
 
 class Unavailable(Exception):
     """A provider that this machine lacks; the message says why. Its tests are skipped."""
+
+
+def require_bf16() -> None:
+    """Raises Unavailable on a CPU that has no instructions for products of bfloat16."""
+    if not ON_GPU and (why := slow_bf16()) is not None:
+        raise Unavailable(f"bf16 is slow here: {why}")
 
 
 def backends(op: str, device: torch.device = DEVICE) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.device import DEVICE, ON_GPU
 from benchmarks.peers import onednn
+from m4kernels.processor import slow_bf16
 
 Run = Callable[[], Any]
 
@@ -208,15 +209,17 @@ def copy_bandwidth() -> float:
 @functools.cache
 def product_rates() -> dict[str, float]:
     """FLOP a second of the matrix products at hand, by library and dtype; the best of a few, 2048 x 2048 x 2048 on a
-    CPU, 8192 x 8192 x 8192 on a GPU."""
+    CPU, 8192 x 8192 x 8192 on a GPU. None of bfloat16 on a CPU without instructions for it: on one with AVX2 alone
+    PyTorch's takes minutes."""
     if "multiplied" in _known:
         return _known["multiplied"]
     size, float32, bfloat16 = (8192 if ON_GPU else 2048), "PyTorch float32", "PyTorch bfloat16"
     a, b = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
     runs: dict[str, Callable[[], Any]] = {
         float32: lambda: torch.mm(a, b),
-        bfloat16: functools.partial(torch.mm, a.bfloat16(), b.bfloat16()),
     }
+    if ON_GPU or slow_bf16() is None:
+        runs[bfloat16] = functools.partial(torch.mm, a.bfloat16(), b.bfloat16())
     if not ON_GPU and torch.backends.mkldnn.is_available():
         runs["oneDNN float32"] = lambda: onednn.product(a, b)
     measure = gpu_timer() if ON_GPU else timed

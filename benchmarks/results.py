@@ -113,11 +113,20 @@ def cpu_name() -> str:
 
 
 def machine_name() -> str:
-    """A folder name: the CPU, its threads in use, the GPU if there is one."""
+    """A folder name: the CPU, its threads in use, the GPU if there is one; on a CPU the SIMD level where it is below
+    AVX-512, which a hypervisor may hide while the name stays."""
     parts = [cpu_name(), f"{torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
+    elif (level := simd_level()) is not None and not level.startswith("avx512"):
+        parts.append(level)
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def simd_level() -> str | None:
+    """The extension's; None without an extension."""
+    extension = _ext.load()
+    return None if extension is None else extension.simd_level()
 
 
 def environment() -> dict[str, Any]:
@@ -138,14 +147,13 @@ def write_figures(path: Path, figures: Mapping[str, Any]) -> None:
 
 def machine() -> dict[str, Any]:
     """Where this runs, on what source and versions."""
-    extension = _ext.load()
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": commit(),
         "uncommitted_changes": None if changes is None else bool(changes),  # None: not known
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "simd": None if extension is None else extension.simd_level(),
+        "simd": simd_level(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

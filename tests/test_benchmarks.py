@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import guard, measure, plot
+from benchmarks import bench_linear, bench_training_step, device, guard, measure, plot
+from benchmarks.device import ON_GPU
 from benchmarks.results import Record, Session
 from m4kernels import quantize_coords
 
@@ -83,6 +85,25 @@ def test_runs_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure.warm_up(runs["a"]) == (1e-6, 200)  # repeated until the clock's noise does not show
     monkeypatch.setattr(measure, "timed", lambda run: 3.0)
     assert measure.warm_up(runs["a"]) == (3.0, 1)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU multiplies in bfloat16")
+def test_bf16_is_not_timed_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AVX2 alone PyTorch's products of bfloat16 run at 1 GFLOP/s: every timed row took minutes and was killed."""
+    rates, products = measure.product_rates.__wrapped__, []
+    monkeypatch.setattr(torch, "mm", lambda a, b: products.append(a.dtype))
+    monkeypatch.setattr(measure.onednn, "product", lambda a, b: None)
+    for why, dtypes in (("no instructions", {torch.float32}), (None, {torch.float32, torch.bfloat16})):
+        for module in (measure, device):
+            monkeypatch.setattr(module, "slow_bf16", lambda why=why: why)
+        products.clear()
+        assert {name.split()[-1] for name in rates()} == {str(dtype).split(".")[-1] for dtype in dtypes}
+        assert set(products) == dtypes
+        for suite, provider in ((bench_linear.SUITE, "cpp, bf16"), (bench_training_step.SUITE, "auto, bf16")):
+            expected = nullcontext() if why is None else pytest.raises(device.Unavailable, match="no instructions")
+            with monkeypatch.context() as patched, expected:
+                patched.setattr(bench_training_step, "trainer", lambda: None)
+                suite.providers[provider](None)
 
 
 def test_session_is_saved_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
