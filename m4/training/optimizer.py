@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from m4.config import TrainConfig
 from m4.distributed.shards import like
-from m4.errors import ConfigError
 from m4.modalities import RowLayout
 from m4.training.adamw import AdamW, scale_gradients
+from m4.training.muon import muon
 
-MUON_MOMENTUM = 0.95
 # A group has these rates, each times its scale: "bins_lr" is that of the first rows, which are coordinate bins.
 RATES = {"lr": "lr_scale", "bins_lr": "bins_lr_scale"}
 VOCABULARY = ("enc_tok_emb.weight", "to_logits.weight")  # a row for every id
@@ -22,7 +21,7 @@ TRUNK = ("encoder.blocks.", "decoder.blocks.")
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Looks like one optimiser: torch's Muon for some matrices, AdamW for the other parameters.
+    """Looks like one optimiser: Muon for some matrices, AdamW for the other parameters.
 
     Muon reads ``found_inf`` on the host: it knows nothing of it, and has to be left out where a step must not update.
 
@@ -35,18 +34,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[nn.Parameter], others: list[dict[str, Any]], config: TrainConfig) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise ConfigError(
-                f"optimizer: muon needs torch 2.9 or newer, which brings it, this is {torch.__version__}; "
-                "use optimizer=adamw, or pip install --upgrade torch"
-            )
-        self.muon = torch.optim.Muon(
-            [{"params": matrices, "lr_on_host": True}],
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=MUON_MOMENTUM,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        self.muon = muon(matrices, lr=config.lr, weight_decay=config.weight_decay)
         self.adamw = AdamW(others, config)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._share()
@@ -91,8 +79,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAda
     """The optimiser of a run; weights and embeddings decay, norms and biases (fewer than two dimensions) do not.
 
     ``adamw`` is AdamW for all. ``muon`` is Muon for the matrices of the encoder's and decoder's blocks and AdamW for
-    the rest. Its updates are scaled to the root mean square of AdamW's (0.2 · sqrt of the larger side; Liu et al.,
-    "Muon is Scalable for LLM Training", 2025), so both have the learning rate and weight decay of the configuration.
+    the rest. Its updates have the root mean square of AdamW's, so both have the learning rate and weight decay of the
+    configuration.
 
     The rows of the vocabulary (token embedding and output layer) have a group of their own where their learning rate
     is another, ``config.vocab_lr_scale`` times the rate; those of coordinate bins ``config.coords_lr_scale`` times it.
