@@ -2,6 +2,7 @@
 graphs."""
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -283,3 +284,40 @@ def test_logits_beyond_two_to_the_31(target: Target) -> None:
     few = step(tail, 2**28)
     torch.testing.assert_close(whole[1][last], few[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole[3][last] * tokens, few[3] * 100, rtol=2e-2, atol=1e-2)
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("targets", "limits", "right"),
+    [
+        ([0, 4, 2], None, True),
+        ([0, 5, 2], None, False),
+        ([0, -1, 2], None, False),
+        ([0, 2**32, 2], None, False),  # would be 0 as int32
+        ([-100, -100, -100], None, True),
+        ([0, 4, 2], [1, 5, 3], True),
+        ([0, 4, 2], [1, 5, 2], False),
+        ([0, 4, 2], [1, 6, 3], False),  # beyond the classes
+        ([0, 4, 2], [1, 5, 2**33 + 3], False),
+        ([0, 4, -100], [1, 5, 9], True),  # of an ignored token nothing counts
+        ([0, 4, 2] * 2000 + [7], None, False),  # more than a block
+        ([0, 4, 2] * 2000 + [3], None, True),
+    ],
+)
+def test_the_first_kernel_checks_targets_and_limits(
+    target: Target, targets: list[int], limits: list[int] | None, right: bool
+) -> None:
+    """Eleven operators less than checks of their own; as `LossArguments.check_values`, which the CPU uses."""
+    device, count = target[1], len(targets)
+    limit = None if limits is None else torch.tensor(limits, device=device)
+    x, weight = torch.zeros(count, 1, device=device), torch.zeros(5, 1, device=device)
+    ids = torch.tensor(targets, device=device)
+    call = LossArguments(x, weight, ids, None, limit, -100, 2**28, torch.float32, True, True)
+    i32, f32 = (torch.empty(2, count, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32))
+    found = backend._prepare(call, i32[0], i32[1], f32[0], torch.empty(2, device=device))
+    assert found.item() is right
+    if right:
+        assert torch.equal(i32[0], torch.where(ids == -100, -1, ids).int())
+    if device == "cpu":
+        with nullcontext() if right else pytest.raises(ValueError, match=r"targets\[|vocab_limit\["):
+            call.check_values()

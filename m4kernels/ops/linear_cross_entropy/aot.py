@@ -9,6 +9,7 @@ from m4kernels.ops.linear_cross_entropy.triton import (
     LAUNCHES,
     MAX_REGISTERS,
     SCALE,
+    TOKENS,
     VECTOR,
     WHOLE_ROWS,
     launch_of,
@@ -27,7 +28,7 @@ def aot_cases() -> list[AotCase]:
     )
     integers = dict.fromkeys(("target", "limit", "best", "limits"), "*i32:16")
     floats = ("scale", "boost", "state", "nll", "term", "weights", "dx", "values", "factor")
-    others = {"targets": "*i64:16", "correct": "*i1:16"} | dict.fromkeys(floats, "*fp32:16")
+    others = {"targets": "*i64:16", "correct": "*i1:16", "right": "*i1:16"} | dict.fromkeys(floats, "*fp32:16")
     cases = []
 
     def add(name: str, kernel: Any, launch: dict[str, int], types: dict[str, str], **constexprs: object) -> None:
@@ -54,9 +55,9 @@ def aot_cases() -> list[AotCase]:
         types = {"x": f"*{given}:16", "out": f"*{taken}:16"}
         add(f"gather {given} to {taken}", kernels.gather_kernel, wide, types, stride_x_dim=1)
     for boost in (False, True):
-        add(f"prepare boost {boost}", kernels.prepare_kernel, wide, {}, BOOST=boost)
+        add(f"prepare boost {boost}", kernels.prepare_kernel, TOKENS, {}, BOOST=boost)
         plain_mean = {"BOOST": boost, "limits": None, "weights": None}
-        add(f"prepare mean boost {boost}", kernels.prepare_kernel, wide, {}, **plain_mean)
+        add(f"prepare mean boost {boost}", kernels.prepare_kernel, TOKENS, {}, **plain_mean)
         add(f"finish rows boost {boost}", kernels.finish_rows_kernel, wide, {}, BOOST=boost)
     add("scale", kernels.scale_kernel, {"BLOCK": SCALE[0], "num_warps": SCALE[1]}, {})
     return cases

@@ -96,12 +96,16 @@ class LossArguments(NamedTuple):
         if self.vocab_limit is not None:
             wrong |= valid & (self.vocab_limit > classes)
         if self.x.device.type != "cpu":
-            torch._assert_async(
-                ~wrong.any(), f"{OP}: a target is outside [0, vocab_limit) or a vocab_limit exceeds {classes} classes"
-            )
-            return
-        if bool(wrong.any()):
+            self.check_on_device(~wrong.any())
+        elif bool(wrong.any()):
             raise self.value_error(int(wrong.nonzero()[0]))
+
+    def check_on_device(self, right: Tensor) -> None:
+        """Assert on the device that targets and limits are in range, as `right`, () bool, says; waits for nothing."""
+        classes = self.weight.shape[0]
+        torch._assert_async(
+            right, f"{OP}: a target is outside [0, vocab_limit) or a vocab_limit exceeds {classes} classes"
+        )
 
     def value_error(self, t: int) -> ValueError:
         """What is wrong with token t, whose target or limit is out of range."""

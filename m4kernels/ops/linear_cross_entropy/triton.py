@@ -34,7 +34,8 @@ MAX_REGISTERS = 64
 # The ceiling is told to the compiler too: left to itself, that of Triton 3.8 takes 40 registers, for three rows, and
 # spills two numbers of each row. The other kernels fit three rows without spills, and would no longer if it were told.
 WHOLE_ROWS = {"maxnreg": MAX_REGISTERS}
-VECTOR = (1024, 4)  # (block, warps) of the kernels over rows of x and over tokens
+VECTOR = (1024, 4)  # (block, warps) of the kernels over rows of x
+TOKENS = {"BLOCK": 1024, "num_warps": 16}  # of the one program over all tokens
 SCALE = (4096, 8)  # of the pass over a gradient: few programs, since most often they return at once
 PITCH = 16  # elements: rows begin at multiples of 32 bytes, which wide loads and the tensor cores' products ask for
 # Whole rows pay from so many tokens a chunk on: adding to d weight moves 8 bytes an entry, a fourth product costs 2
@@ -114,7 +115,8 @@ def _weight_as_it_lies(call: LossArguments) -> bool:
 
 def linear_cross_entropy(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As reference.linear_cross_entropy, except that logits and their gradients are rounded to the operands' dtype."""
-    call.check_values()
+    if call.x.is_cpu:  # under the interpreter; on a GPU the kernel that reads them first does
+        call.check_values()
     with launch_on(call.x):
         return _run(call)
 
@@ -134,7 +136,7 @@ def _run(call: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     target, limit = x.new_empty((2, tokens), dtype=torch.int32)
     scale, term = x.new_empty((2, tokens), dtype=torch.float32)
     boost = x.new_empty(2, dtype=torch.float32)
-    _prepare(call, target, limit, scale, boost)
+    call.check_on_device(_prepare(call, target, limit, scale, boost))
     tokens_at = {"target": target, "limit": limit, "scale": scale}
     results = {"nll": nll, "term": term, "correct": correct}
     whole = size.columns >= classes
@@ -220,8 +222,9 @@ class _Weight:
         return copy
 
 
-def _prepare(call: LossArguments, target: Tensor, limit: Tensor, scale: Tensor, boost: Tensor) -> None:
-    block, warps = VECTOR
+def _prepare(call: LossArguments, target: Tensor, limit: Tensor, scale: Tensor, boost: Tensor) -> Tensor:
+    """Write them; () bool, whether all targets and limits are in range."""
+    right = target.new_empty((), dtype=torch.bool)
     limits, weights = call.vocab_limit, call.token_weight
     kernels.prepare_kernel[(1,)](
         targets=call.targets,
@@ -231,6 +234,7 @@ def _prepare(call: LossArguments, target: Tensor, limit: Tensor, scale: Tensor, 
         limit=limit,
         scale=scale,
         boost=boost,
+        right=right,
         tokens=len(target),
         classes=call.weight.shape[0],
         ignore_index=call.ignore_index,
@@ -238,9 +242,9 @@ def _prepare(call: LossArguments, target: Tensor, limit: Tensor, scale: Tensor, 
         stride_limits=0 if limits is None else limits.stride(0),
         stride_weights=0 if weights is None else weights.stride(0),
         BOOST=call.operand_dtype == torch.float16,
-        BLOCK=block,
-        num_warps=warps,
+        **TOKENS,
     )
+    return right
 
 
 def _gather(x: Tensor, target: Tensor, out: Tensor, first: int) -> None:

@@ -21,6 +21,7 @@ def prepare_kernel(
     limit,  # (T,) int32, written: 0 where ignored
     scale,  # (T,) float32, written: the token's factor in the loss, 0 where ignored
     boost,  # (2,) float32, written: factor of the logits' gradients, and its inverse
+    right,  # () bool, written: no token's target is outside [0, limit), and no limit above `classes`
     tokens,
     classes,
     ignore_index,
@@ -54,19 +55,25 @@ def prepare_kernel(
     else:
         tl.store(boost, 1.0)
         tl.store(boost + 1, 1.0)
+    b_wrong = tl.zeros([BLOCK], tl.int32)
     for start in range(0, tokens, BLOCK):
         i_token = (start + o_lane).to(tl.int64)
         b_target = tl.load(targets + i_token * stride_targets, mask=i_token < tokens, other=ignore_index)
         m_valid = b_target != ignore_index
+        # In 32 bits from here on; what is out of range stays so.
+        b_token = tl.minimum(tl.maximum(b_target, -1), classes).to(tl.int32)
         b_limit = tl.zeros([BLOCK], tl.int32) + classes
         b_scale = tl.zeros([BLOCK], tl.float32) + mean
         if limits is not None:
-            b_limit = tl.load(limits + i_token * stride_limits, mask=m_valid, other=0).to(tl.int32)
+            b_given = tl.load(limits + i_token * stride_limits, mask=m_valid, other=0)
+            b_limit = tl.minimum(tl.maximum(b_given, 0), classes + 1).to(tl.int32)
+        b_wrong |= (m_valid & ((b_token < 0) | (b_token >= b_limit) | (b_limit > classes))).to(tl.int32)
         if weights is not None:
             b_scale = tl.load(weights + i_token * stride_weights, mask=m_valid, other=0).to(tl.float32)
-        tl.store(target + i_token, tl.where(m_valid, b_target, -1).to(tl.int32), mask=i_token < tokens)
+        tl.store(target + i_token, tl.where(m_valid, b_token, -1), mask=i_token < tokens)
         tl.store(limit + i_token, tl.where(m_valid, b_limit, 0), mask=i_token < tokens)
         tl.store(scale + i_token, tl.where(m_valid, b_scale, 0), mask=i_token < tokens)
+    tl.store(right, tl.sum(b_wrong, 0) == 0)
 
 
 @triton.jit
