@@ -20,6 +20,8 @@ def slow_bf16() -> str | None:
     """Why bfloat16 is no faster than float32 on this CPU; None where it is."""
     if has_amx() or torch.cpu._is_avx512_bf16_supported():
         return None
-    if not torch.cpu._is_avx2_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None  # of another architecture, with instructions of its own
+    # Another architecture may have instructions of its own; a torch without oneDNN, such as macOS', does not say.
+    known = torch.backends.mkldnn.is_available() and not torch.cpu._is_avx2_supported()
+    if known and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
     return "it has no instructions for products of bfloat16 (AVX512-BF16 or AMX), so they are computed as float32"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from m4.training.step import Execution
 from m4.training.trainer import Trainer
 from m4kernels import _ext
 from m4kernels.ops.linear import api, copies
-from m4kernels.processor import has_amx
+from m4kernels.processor import has_amx, slow_bf16
 from tests.training.step_setup import CPU, ON_A_CPU, Steps
 
 
@@ -23,6 +24,28 @@ def config(tiny_train_config, monkeypatch):
     if _ext.load() is not None and not has_amx():  # ours multiply bfloat16, whatever is faster here
         monkeypatch.setitem(api.OWN_LEVELS, torch.bfloat16, (_ext.require().simd_level(),))
     return dataclasses.replace(tiny_train_config, batch_size=16, global_batch_size=32, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "avx2", "onednn", "onednn_bf16", "fast"),
+    [
+        (True, False, True, True, True, True),
+        (False, True, True, True, True, True),
+        (False, False, True, True, True, False),  # oneDNN emulates it with AVX-512
+        (False, False, True, True, False, False),
+        (False, False, False, True, True, True),  # ARM
+        (False, False, False, True, False, False),
+        (False, False, False, False, None, False),  # a torch without oneDNN, as on macOS, has no such question
+    ],
+)
+def test_which_processors_multiply_bf16(monkeypatch, amx, avx512_bf16, avx2, onednn, onednn_bf16, fast):
+    answers = {"_is_amx_tile_supported": amx, "_is_avx512_bf16_supported": avx512_bf16, "_is_avx2_supported": avx2}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    asked = {} if onednn_bf16 is None else {"_is_mkldnn_bf16_supported": lambda: onednn_bf16}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**asked))
+    assert (slow_bf16() is None) is fast
 
 
 def test_losses_are_within_a_hundredth_of_those_in_fp32(config, monkeypatch):
