@@ -39,6 +39,7 @@ def run_notebook(name: str, root: Path) -> NotebookNode:
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",  # threads that wait for each other on a busy machine take ten times as long
         "IPYTHONDIR": str(root / ".ipython"),
         "JUPYTER_CONFIG_DIR": str(root / ".jupyter"),
         "JUPYTER_DATA_DIR": str(root / ".jupyter"),
