@@ -55,8 +55,7 @@ demo learn: setup
 # Most tests keep one core busy: groups that nothing disturbs, and that disturb nothing, run beside the others, about half
 # of the time in all. Ctrl-C ends them, too, which a shell keeps from what it runs in the background.
 BESIDE := tests/test_notebooks.py tests/test_documentation.py tests/test_gpu_session.py tests/test_gpu_stages.py \
-	tests/test_gpu_benchmarks.py tests/test_gpu_results.py tests/ops/test_cross_modal_attention_packed.py \
-	tests/ops/test_triton_aot.py tests/ops/test_layer_norm.py tests/ops/test_cuda_compile.py
+	tests/test_gpu_benchmarks.py tests/test_gpu_results.py tests/evaluation tests/generation tests/ops
 test: setup lint types
 	@mkdir -p build
 	@echo "beside these tests: make other-sums, then $(BESIDE); what they say comes at the end"
