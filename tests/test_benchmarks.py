@@ -99,7 +99,7 @@ def test_bf16_is_not_timed_where_the_processor_lacks_it(monkeypatch: pytest.Monk
         products.clear()
         assert {name.split()[-1] for name in rates()} == {str(dtype).split(".")[-1] for dtype in dtypes}
         assert set(products) == dtypes
-        for suite, provider in ((bench_linear.SUITE, "cpp, bf16"), (bench_training_step.SUITE, "auto, bf16")):
+        for suite, provider in ((bench_linear.SUITE, "F.linear, bf16"), (bench_training_step.SUITE, "auto, bf16")):
             expected = nullcontext() if why is None else pytest.raises(device.Unavailable, match="no instructions")
             with monkeypatch.context() as patched, expected:
                 patched.setattr(bench_training_step, "trainer", lambda: None)
