@@ -142,7 +142,7 @@ def _sample_folders(root: Path) -> dict[tuple[str, str], Path]:
         for modality in _folders(base):
             if base == root and modality.name in SPLITS:
                 continue
-            for sample in _folders(modality):
+            for sample in shown(_folders(modality), f"looking through {modality.name}", "folder"):
                 # Other folders, such as the frames of an embedded sample set, are not samples.
                 if not sample.name.isdecimal():
                     continue

@@ -17,6 +17,7 @@ import numpy as np
 
 from m4.data.checks import MAX_NAME
 from m4.data.layout import FORMAT, SPLITS, UNFINISHED, content_digest, read_meta
+from m4.data.progress import shown
 from m4.data.split import FRACTIONS, divide
 from m4.errors import DataError, data_error
 from m4.files import write_atomically
@@ -134,7 +135,7 @@ def _write_samples(stage: Path, done: Path, record: dict, names: list[str]) -> t
         digests[modality, pid] = hashlib.sha256(content).digest()
 
     number = 0
-    for name in names:
+    for name in shown(names, "laying out", "video"):
         columns = load_video(video_path(done, name))
         for row, (reference, successor) in enumerate(columns["pairs"].tolist()):
             pid = f"{number:06d}"
