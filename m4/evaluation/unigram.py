@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from m4.data.store import TokenStore
 
@@ -48,6 +47,8 @@ def unigram_baseline(train_counts: np.ndarray, target_counts: np.ndarray) -> Uni
 
     def cross_entropy(weight: float) -> float:
         return float(-(share * np.log((1 - weight) * p[ids] + weight / len(p))).sum())
+
+    from scipy.optimize import minimize_scalar  # here: its import takes half a second, and training needs it not
 
     # Convex in the weight, so a bounded search finds the one that flatters the baseline most.
     best = minimize_scalar(cross_entropy, bounds=(1e-9, 1.0), method="bounded", options={"xatol": 1e-6})
