@@ -96,6 +96,7 @@ BEFORE_KEYS = {
     "data.order": "sorted",
     "vocab_lr_scale": 1.0,
     "coords_lr_scale": None,
+    "vocab_eps": 1e-8,
     "skip_non_finite": 0,
     "ema": 0.0,
     "optimizer": "adamw",

@@ -142,6 +142,7 @@ class TrainConfig:
     min_lr: float = 1e-7
     vocab_lr_scale: float = 1.0  # of the token embedding and the output layer, beside lr
     coords_lr_scale: float | None = None  # of their rows that are coordinate bins; null: as vocab_lr_scale
+    vocab_eps: float = 1e-8  # of Adam, for the token embedding and the output layer
     weight_decay: float = 0.05
     optimizer: str = "adamw"  # or muon: for the matrices of the trunk
     ema: float = 0.0  # decay of the averaged weights; 0: none
@@ -355,6 +356,7 @@ def _check(c: TrainConfig) -> None:
         "coords_lr_scale",
         f"{as_others}, in a run whose modalities have no coordinates",
     )
+    require(least <= c.vocab_eps <= 1, "vocab_eps", f"a value in {least:g} … 1")
     require(
         c.clip_grad is None or least <= c.clip_grad <= most, "clip_grad", f"a value in {least:g} … {most:g}, or null"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from m4.config import TrainConfig
 from m4.distributed.shards import like
 from m4.modalities import RowLayout
-from m4.training.adamw import AdamW, scale_gradients
+from m4.training.adamw import EPS, AdamW, scale_gradients
 from m4.training.muon import muon
 
 # A group has these rates, each times its scale: "bins_lr" is that of the first rows, which are coordinate bins.
@@ -83,7 +83,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAda
     configuration.
 
     The rows of the vocabulary (token embedding and output layer) have a group of their own where their learning rate
-    is another, ``config.vocab_lr_scale`` times the rate; those of coordinate bins ``config.coords_lr_scale`` times it.
+    is another, ``config.vocab_lr_scale`` times the rate; those of coordinate bins ``config.coords_lr_scale`` times it;
+    or where Adam's epsilon is another, ``config.vocab_eps``.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and name.startswith(TRUNK)] if config.optimizer == "muon" else []
@@ -91,7 +92,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAda
     weights = [(name, p) for name, p in named if p.ndim >= 2 and id(p) not in taken]
     of_bins = config.coords_lr_scale if config.coords_lr_scale != config.vocab_lr_scale else None
     bins = {"bins": RowLayout.of(config).bins, "bins_lr": config.lr, "bins_lr_scale": of_bins} if of_bins else {}
-    apart = VOCABULARY if config.vocab_lr_scale != 1 or bins else ()
+    apart = VOCABULARY if config.vocab_lr_scale != 1 or config.vocab_eps != EPS or bins else ()
     groups = [
         {"params": [p for name, p in weights if name not in apart], "weight_decay": config.weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
@@ -99,6 +100,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW | MuonAndAda
             "params": [p for name, p in weights if name in apart],
             "weight_decay": config.weight_decay,
             "lr_scale": config.vocab_lr_scale,
+            "eps": config.vocab_eps,
             **bins,
         },
     ]

@@ -232,3 +232,47 @@ def test_a_rate_for_bins_as_the_vocabularys_is_none():
 
 def _groups(recipe):
     return build_optimizer(build_model(recipe, torch.device("cpu")), recipe).param_groups
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_vocabulary_has_an_epsilon_of_its_own(kernels, optimizer):
+    """What torch's AdamW does with that epsilon; all else keeps 1e-8."""
+    recipe = _small(vocab_eps=1e-3, kernels=kernels, optimizer=optimizer)
+    model = build_model(recipe, torch.device("cpu"))
+    ours = build_optimizer(model, recipe)
+    groups = [group for group in ours.param_groups if "betas" in group]
+    assert [group["eps"] for group in groups] == [EPS] * (len(groups) - 1) + [1e-3]
+    vocabulary = {name: p for name, p in model.named_parameters() if _is_vocabulary(name)}
+    assert {id(p) for p in groups[-1]["params"]} == {id(p) for p in vocabulary.values()}
+    copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in vocabulary.items()}
+    theirs = torch.optim.AdamW(copies.values(), lr=0.01, betas=BETAS, eps=1e-3, weight_decay=0.05)
+    for step in range(3):
+        _give_gradients(model, step)
+        for name, p in vocabulary.items():
+            copies[name].grad = p.grad.clone()
+        set_learning_rate(ours, 0.01 / recipe.vocab_lr_scale)
+        ours.step()
+        theirs.step()
+    for name, p in vocabulary.items():
+        torch.testing.assert_close(p, copies[name], rtol=1e-5, atol=1e-6)
+
+
+def test_with_an_epsilon_rows_that_hardly_occur_stay():
+    """A push of a thousandth of what others get, every step: Adam moves the row by the rate, an epsilon damps that."""
+    moved = {}
+    for eps in (EPS, 1e-4):
+        recipe = _small(vocab_eps=eps, weight_decay=0.0)
+        model = build_model(recipe, torch.device("cpu"))
+        optimizer, rows = build_optimizer(model, recipe), model.to_logits.weight
+        before = rows.detach().clone()
+        for _ in range(20):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            rows.grad[0], rows.grad[1] = 1e-3, 1e-6
+            set_learning_rate(optimizer, 0.01)
+            optimizer.step()
+        moved[eps] = (rows.detach() - before).abs().mean(1).tolist()
+    assert moved[EPS][1] == pytest.approx(moved[EPS][0], rel=0.02)
+    assert moved[1e-4][1] < 0.02 * moved[1e-4][0]
+    assert moved[1e-4][0] > 0.8 * moved[EPS][0]
