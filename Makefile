@@ -24,7 +24,7 @@ CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
-	@echo "make learn     the same with more videos and steps (an hour and a half on one CPU core)"
+	@echo "make learn     the same with more videos and steps (an hour or two on 2 CPU cores)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make notebooks runs notebooks/ from top to bottom and keeps what they print and draw"
 	@echo "make docs      the reference of all functions and classes, from their docstrings, in build/api"
@@ -55,7 +55,8 @@ demo learn: setup
 # Most tests keep one core busy: groups that nothing disturbs, and that disturb nothing, run beside the others, about half
 # of the time in all. Ctrl-C ends them, too, which a shell keeps from what it runs in the background.
 BESIDE := tests/test_notebooks.py tests/test_documentation.py tests/test_gpu_session.py tests/test_gpu_stages.py \
-	tests/test_gpu_benchmarks.py tests/test_gpu_results.py tests/evaluation tests/generation tests/ops
+	tests/test_gpu_benchmarks.py tests/test_gpu_results.py tests/test_pose_limits.py tests/test_guides.py tests/test_ablation.py \
+	tests/evaluation tests/generation tests/ops
 SLOWEST := --durations=30 --durations-min=4
 # One thread a process: two processes keep two cores busy, and threads that wait for each other on busy cores take many
 # times as long. Tests that are about threads ask for some. (MAKE_COMMAND: a line with MAKE would run under `make -n`.)
