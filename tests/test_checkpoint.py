@@ -185,22 +185,14 @@ def test_what_may_change(saved, tiny_config, override):
     check_same_run(path, meta, other, IDENTITY)
 
 
-def test_a_checkpoint_from_before_the_vocabulary_had_an_epsilon(saved, tiny_config):
-    """It had Adam's: refused under another."""
+@pytest.mark.parametrize(("key", "was", "now"), [("coords_lr_scale", "None", "0.5"), ("vocab_eps", "1e-08", "0.001")])
+def test_a_checkpoint_from_before_a_key(saved, tiny_config, key, was, now):
+    """It had what the key's default says: refused under another."""
     path, meta = newest_whole(saved[0])
-    del meta["config"]["vocab_eps"]
+    del meta["config"][key]
     assert check_same_run(path, meta, load_config(tiny_config)[0], IDENTITY) == []
-    with pytest.raises(CheckpointError, match=r"vocab_eps is 1e-08 there and 0\.001 now; set it back to resume"):
-        check_same_run(path, meta, load_config(tiny_config, ["vocab_eps=0.001"])[0], IDENTITY)
-
-
-def test_a_checkpoint_from_before_coordinates_had_a_rate(saved, tiny_config):
-    """They had that of the vocabulary: refused under another."""
-    path, meta = newest_whole(saved[0])
-    del meta["config"]["coords_lr_scale"]
-    assert check_same_run(path, meta, load_config(tiny_config)[0], IDENTITY) == []
-    with pytest.raises(CheckpointError, match=r"coords_lr_scale is None there and 0\.5 now; set it back to resume"):
-        check_same_run(path, meta, load_config(tiny_config, ["coords_lr_scale=0.5"])[0], IDENTITY)
+    with pytest.raises(CheckpointError, match=f"{key} is {was} there and {now} now; set it back to resume"):
+        check_same_run(path, meta, load_config(tiny_config, [f"{key}={now}"])[0], IDENTITY)
 
 
 def test_a_checkpoint_from_before_the_order_had_a_name(saved, tiny_config):
