@@ -24,7 +24,7 @@ CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
-	@echo "make learn     the same with more videos and steps (an hour or two on 2 CPU cores)"
+	@echo "make learn     the same with more videos and steps (about two hours on 2 CPU cores)"
 	@echo "make test      set up, check formats and types, run all tests"
 	@echo "make notebooks runs notebooks/ from top to bottom and keeps what they print and draw"
 	@echo "make docs      the reference of all functions and classes, from their docstrings, in build/api"

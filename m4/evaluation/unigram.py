@@ -37,6 +37,8 @@ def unigram_baseline(train_counts: np.ndarray, target_counts: np.ndarray) -> Uni
     Args:
         train_counts, target_counts: int (V,) occurrences of each id in the training set and among the targets.
     """
+    from scipy.optimize import minimize_scalar  # here: its import takes half a second, and training needs it not
+
     p = train_counts / max(1, train_counts.sum())
     seen = p[p > 0]
     entropy = float(-(seen * np.log(seen)).sum())
@@ -47,8 +49,6 @@ def unigram_baseline(train_counts: np.ndarray, target_counts: np.ndarray) -> Uni
 
     def cross_entropy(weight: float) -> float:
         return float(-(share * np.log((1 - weight) * p[ids] + weight / len(p))).sum())
-
-    from scipy.optimize import minimize_scalar  # here: its import takes half a second, and training needs it not
 
     # Convex in the weight, so a bounded search finds the one that flatters the baseline most.
     best = minimize_scalar(cross_entropy, bounds=(1e-9, 1.0), method="bounded", options={"xatol": 1e-6})
