@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from skimage.metrics import structural_similarity
 
 from m4.modalities import CANVAS, IMAGE_GRID
@@ -40,35 +42,56 @@ def token_accuracy(predicted: np.ndarray, true: np.ndarray) -> float | None:
 
 
 def pixel_figures(
-    predicted: np.ndarray,
+    predictions: Sequence[np.ndarray],
     true: np.ndarray,
     decode: Decode,
     boxes: Sequence[Box | None] | None = None,
     shown: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """How close predicted frames are to the true ones once both are decoded.
 
     Args:
-        predicted, true: integer (N, 256) image tokens.
+        predictions: of the same frames, integer (N, 256) image tokens each.
+        true: integer (N, 256) image tokens.
         decode: tokens (B, 16, 16) → uint8 (B, 256, 256, 3).
         boxes: of N persons, see `person_boxes`; None where nothing says where they are.
         shown: hands on the numbers of the frames, and shows progress.
     Returns:
-        the means over the frames of psnr (dB, at most MOST_PSNR) and ssim (scikit-image's, of colour frames), with
-        boxes also psnr_person, within them; None where there is none.
+        of each prediction the means over the frames of psnr (dB, at most MOST_PSNR) and ssim (scikit-image's, of colour
+        frames), with boxes also psnr_person, within them; None where there is none.
     """
-    psnr, ssim, psnr_person = [], [], []
-    for first in shown(range(0, len(true), _DECODED_AT_ONCE)):
-        chunk = slice(first, first + _DECODED_AT_ONCE)
-        pairs = zip(_decoded(predicted[chunk], decode), _decoded(true[chunk], decode), strict=True)
-        for sample, (a, b) in enumerate(pairs, start=first):
-            psnr.append(peak_signal_noise_ratio(a, b))
-            ssim.append(float(structural_similarity(a, b, data_range=255, channel_axis=2)))
-            box = None if boxes is None else boxes[sample]
-            if box is not None:
-                psnr_person.append(peak_signal_noise_ratio(a[box], b[box]))
-    figures = {"psnr": _mean(psnr), "ssim": _mean(ssim)}
-    return figures if boxes is None else {**figures, "psnr_person": _mean(psnr_person)}
+    found: list[list[_Closeness]] = [[] for _ in predictions]
+    # Half of the time is scikit-image's, which leaves Python to other threads while it filters.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for first in shown(range(0, len(true), _DECODED_AT_ONCE)):
+            chunk = slice(first, first + _DECODED_AT_ONCE)
+            there = _decoded(true[chunk], decode)
+            inside = [None] * len(there) if boxes is None else boxes[chunk]
+            begun = [pool.map(_closeness, _decoded(tokens[chunk], decode), there, inside) for tokens in predictions]
+            for of_one, done in zip(found, begun, strict=True):
+                of_one.extend(done)
+    return [_means(of_one, boxes is not None) for of_one in found]
+
+
+class _Closeness(NamedTuple):
+    """Of a frame to the true one."""
+
+    psnr: float
+    ssim: float
+    psnr_person: float | None
+
+
+def _closeness(a: np.ndarray, b: np.ndarray, box: Box | None) -> _Closeness:
+    ssim = float(structural_similarity(a, b, data_range=255, channel_axis=2))
+    person = None if box is None else peak_signal_noise_ratio(a[box], b[box])
+    return _Closeness(peak_signal_noise_ratio(a, b), ssim, person)
+
+
+def _means(frames: list[_Closeness], of_persons: bool) -> dict[str, Any]:
+    figures = {"psnr": _mean([frame.psnr for frame in frames]), "ssim": _mean([frame.ssim for frame in frames])}
+    if of_persons:
+        figures["psnr_person"] = _mean([frame.psnr_person for frame in frames if frame.psnr_person is not None])
+    return figures
 
 
 def peak_signal_noise_ratio(a: np.ndarray, b: np.ndarray) -> float:

@@ -266,8 +266,9 @@ class NextMoment:
         if self.frame and decode is not None:
             _, copied, following = self._three(prediction, _FRAMES)
             shown = prediction.shown[:, self.layout.span(self.frame[1])]
-            for into, frames in ((found["frame"], shown), (found["frame"]["copy"], copied)):
-                into |= pixel_figures(frames, following, decode, boxes, _shown)
+            pixels, copied_pixels = pixel_figures([shown, copied], following, decode, boxes, _shown)
+            found["frame"] |= pixels
+            found["frame"]["copy"] |= copied_pixels
         return found
 
     def tokenizer(self) -> Decode | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,17 +11,25 @@ from torch import Tensor
 from m4.data.tokenizers import code_values
 from m4.modalities import RowLayout
 
-_MOST_BYTES = 1 << 27  # of distances that are held at once
+if TYPE_CHECKING:
+    from scipy.spatial import KDTree
+
 # Predicted probabilities are taken to this power before the mean: of 64,000 codes the many unlikely ones hold more than
 # their share, which greys the picture. Chosen on training samples (docs/learning.md, "What frames show").
 SHARPNESS = 1.5
 
 
-class CodeValues(NamedTuple):
-    """Of the image codes of a row what they stand for."""
+class CodeValues:
+    """Of the image codes of a row what they stand for.
 
-    where: Tensor  # bool (L,): the places of image codes; or of some tokens (T,) which are
-    values: Tensor  # float32 (V, C): a point for each code, see m4.data.tokenizers.code_values
+    Args:
+        where: bool (L,), the places of image codes; or of some tokens (T,) which are.
+        values: float32 (V, C), a point for each code, see `m4.data.tokenizers.code_values`.
+    """
+
+    def __init__(self, where: Tensor, values: Tensor) -> None:
+        self.where, self.values = where, values
+        self._trees: dict[int, KDTree] = {}  # of the first so many codes, which `at` shares
 
     @classmethod
     def of(cls, layout: RowLayout, meta: Mapping[str, Any], device: torch.device) -> CodeValues | None:
@@ -33,7 +41,9 @@ class CodeValues(NamedTuple):
 
     def at(self, places: Tensor) -> CodeValues:
         """Of the tokens at these places (int64 (T,)) of rows."""
-        return CodeValues(self.where[places], self.values)
+        found = CodeValues(self.where[places], self.values)
+        found._trees = self._trees
+        return found
 
     def closest(self, expected: Tensor, codes: int) -> Tensor:
         """The code whose expected squared distance from the true one is least: the nearest to the expected point.
@@ -47,8 +57,12 @@ class CodeValues(NamedTuple):
         Returns:
             int64 (T,), below ``codes``.
         """
-        values = self.values[:codes]
-        square = values.square().sum(1)  # |e - v|² = |e|² - 2 e·v + |v|², and |e|² is the same for all codes
-        rows = max(1, _MOST_BYTES // (4 * codes))
-        parts = [torch.addmm(square, some, values.T, alpha=-2).argmin(1) for some in expected.split(rows)]
-        return torch.cat(parts) if len(expected) else expected.new_empty(0, dtype=torch.int64)
+        if codes not in self._trees:
+            from scipy.spatial import KDTree  # here: its import takes a moment, and most of m4 needs it not
+
+            self._trees[codes] = KDTree(self.values[:codes].cpu().numpy())
+        if not len(expected):  # where a model's outputs are not finite, neither are these: the caller refuses them
+            return expected.new_empty(0, dtype=torch.int64)
+        points = expected.nan_to_num().cpu().numpy()
+        _, nearest = self._trees[codes].query(points, workers=torch.get_num_threads())
+        return torch.from_numpy(nearest).to(expected.device)

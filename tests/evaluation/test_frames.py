@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from m4.evaluation.frames import MOST_PSNR, person_boxes, pixel_figures, token_accuracy
@@ -26,7 +27,8 @@ def frames():
 
 def test_figures(frames):
     predicted, true = frames
-    figures = pixel_figures(predicted, true, decode)
+    figures, copied = pixel_figures([predicted, true], true, decode)
+    assert copied == {"psnr": MOST_PSNR, "ssim": 1}
     a, b = (decode(tokens.reshape(-1, 16, 16)) for tokens in frames)
     others = [i for i in range(19) if i != 3]
     psnr = [peak_signal_noise_ratio(b[i], a[i], data_range=255) for i in others]
@@ -51,10 +53,10 @@ def test_inside_the_box(frames):
     predicted = true + 5
     predicted[:, 1:] += 95  # whatever is outside
     boxes = [(slice(0, 16), slice(0, 16)), None]
-    figures = pixel_figures(predicted, true, decode, boxes)
+    (figures,) = pixel_figures([predicted], true, decode, boxes)
     assert figures["psnr_person"] == pytest.approx(10 * np.log10(255**2 / 25))
     assert figures["psnr"] < figures["psnr_person"]
-    assert pixel_figures(predicted, true, decode, [None, None])["psnr_person"] is None
+    assert pixel_figures([predicted], true, decode, [None, None])[0]["psnr_person"] is None
 
 
 def test_person_boxes():
@@ -68,3 +70,17 @@ def test_person_boxes():
     ]
     (point,) = person_boxes(Poses(np.array([[[256.0, 256.0]]]), np.array([[True]])))
     assert point == (slice(255, 256), slice(255, 256))
+
+
+def test_the_same_for_any_number_of_threads(frames):
+    """Means are of frame after frame, whichever thread was done first."""
+    before = torch.get_num_threads()
+    predicted, true = frames
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(pixel_figures([predicted], true, decode))
+        finally:
+            torch.set_num_threads(before)
+    assert found[0] == found[1]

@@ -33,11 +33,23 @@ def test_closest_has_the_least_expected_squared_distance(t, n, v, c):
         assert row[code] <= row.min() * (1 + 1e-5) + 1e-6
 
 
-def test_some_rows_at_a_time(monkeypatch):
-    values, points = CodeValues(torch.zeros(0), random_values(30, 3)), random_values(50, 3, seed=2)
-    whole = values.closest(points, 30)
-    monkeypatch.setattr(estimates, "_MOST_BYTES", 4 * 30 * 7)
-    assert torch.equal(values.closest(points, 30), whole)
+def test_points_that_are_not_finite_do_not_stop_what_says_so():
+    """A model whose outputs are not finite is refused by its probabilities, with an error that says what to do."""
+    points = torch.full((2, 3), float("nan"))
+    points[1] = float("inf")
+    chosen = CodeValues(torch.zeros(0), random_values(30, 3)).closest(points, 20)
+    assert bool((chosen < 20).all())
+
+
+def test_places_share_what_was_made_for_the_search():
+    values = CodeValues(torch.tensor([True, False]), random_values(30, 3))
+    some = values.at(torch.tensor([1, 0, 0]))
+    assert some.where.tolist() == [False, True, True]
+    points = random_values(50, 3, seed=2)
+    few, many = (some.closest(points, codes) for codes in (7, 30))
+    assert bool((few < 7).all())
+    assert bool((many >= 7).any())
+    assert torch.equal(values.closest(points, 7), few)
 
 
 def test_a_sure_distribution_keeps_its_code():
