@@ -19,8 +19,10 @@ def test_preparing_is_never_silent_for_long(videos, tmp_path, monkeypatch, capsy
     """What comes after the videos takes minutes for many of them: laying out, looking through what is there, moving."""
     monkeypatch.setattr(progress, "_QUIET", 0.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    prepare(videos, tmp_path / "out", progress=False)
+    prepare(videos, tmp_path / "out")
     said = capsys.readouterr().err
     assert "laying out" in said
     assert "looking through coords_next" in said
     assert "split" in said
+    prepare(videos, tmp_path / "again", progress=False)
+    assert capsys.readouterr().err == ""

@@ -29,6 +29,7 @@ from m4.data.preparation.done import content_of, is_done, made_of, remember, sta
 from m4.data.preparation.options import SPLIT_OPTIONS, PrepareOptions
 from m4.data.preparation.packed import assemble_packed
 from m4.data.preparation.tokenize_video import shared_captioner, shared_tokenizer, tokenize_video
+from m4.data.progress import bars
 from m4.data.split import FRACTIONS, UNITS, check_split
 from m4.data.workers import for_each
 from m4.errors import DataError, data_error
@@ -94,7 +95,7 @@ def prepare(
     with locked(done / f".shard-{index}-of-{count}.lock", str(out)):
         pending = [name for name in names[index::count] if not is_done(source, done, name)]
         for_each("prepare", partial(_do_video, source, done, options), pending, workers, progress)
-    with locked(out / LOCK, str(out)):
+    with locked(out / LOCK, str(out)), bars(progress):
         return _finish(out, source, names, FRACTIONS)
 
 
