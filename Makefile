@@ -45,10 +45,13 @@ setup:
 
 demo: config := M4-tiny.yaml
 learn: config := M4-small.yaml
+demo: evaluated :=
+# Of 8,461, which take half an hour.
+learn: evaluated := --max-samples 2000
 
 demo learn: setup
 	$(PY) -m m4.train --config $(config) $(call quoted,run_name=$(run_name))
-	$(PY) -m m4.evaluate --run $(call quoted,runs/$(run_name))
+	$(PY) -m m4.evaluate --run $(call quoted,runs/$(run_name)) $(evaluated)
 	$(PY) -m m4.plots --run $(call quoted,runs/$(run_name))
 	$(PY) -m m4.generate --run $(call quoted,runs/$(run_name)) --out $(call quoted,runs/$(run_name)/prediction.png)
 
