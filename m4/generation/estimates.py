@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +20,13 @@ if TYPE_CHECKING:
 SHARPNESS = 1.5
 
 
+@dataclass(frozen=True)
 class CodeValues:
-    """Of the image codes of a row what they stand for.
+    """Of the image codes of a row what they stand for."""
 
-    Args:
-        where: bool (L,), the places of image codes; or of some tokens (T,) which are.
-        values: float32 (V, C), a point for each code, see `m4.data.tokenizers.code_values`.
-    """
-
-    def __init__(self, where: Tensor, values: Tensor) -> None:
-        self.where, self.values = where, values
-        self._trees: dict[int, KDTree] = {}  # of the first so many codes, which `at` shares
+    where: Tensor  # bool (L,): the places of image codes; or of some tokens (T,) which are
+    values: Tensor  # float32 (V, C): a point for each code, see m4.data.tokenizers.code_values
+    _trees: dict[int, KDTree] = field(default_factory=dict, repr=False)  # of the first so many codes, as asked for
 
     @classmethod
     def of(cls, layout: RowLayout, meta: Mapping[str, Any], device: torch.device) -> CodeValues | None:
@@ -40,10 +37,8 @@ class CodeValues:
         return cls(layout.pictures().to(device), torch.from_numpy(values).to(device))
 
     def at(self, places: Tensor) -> CodeValues:
-        """Of the tokens at these places (int64 (T,)) of rows."""
-        found = CodeValues(self.where[places], self.values)
-        found._trees = self._trees
-        return found
+        """Of the tokens at these places (int64 (T,)) of rows; both share what `closest` keeps."""
+        return replace(self, where=self.where[places])
 
     def closest(self, expected: Tensor, codes: int) -> Tensor:
         """The code whose expected squared distance from the true one is least: the nearest to the expected point.
@@ -52,17 +47,18 @@ class CodeValues:
         and what moves is missing from the picture; the mean error of pixels, of which PSNR tells, is least here.
 
         Args:
-            expected: float32 (T, C), the mean of the points under the predicted distribution, sharpened (SHARPNESS).
+            expected: float32 (T, C), the mean of the points under the predicted distribution, sharpened (SHARPNESS), on
+                any device; the search is on the CPU. Where it is not finite the code is any: the caller refuses it.
             codes: of the first so many.
         Returns:
-            int64 (T,), below ``codes``.
+            int64 (T,), below ``codes``, on the device of ``expected``.
         """
+        if not len(expected):
+            return expected.new_empty(0, dtype=torch.int64)
         if codes not in self._trees:
             from scipy.spatial import KDTree  # here: its import takes a moment, and most of m4 needs it not
 
             self._trees[codes] = KDTree(self.values[:codes].cpu().numpy())
-        if not len(expected):  # where a model's outputs are not finite, neither are these: the caller refuses them
-            return expected.new_empty(0, dtype=torch.int64)
         points = expected.nan_to_num().cpu().numpy()
         _, nearest = self._trees[codes].query(points, workers=torch.get_num_threads())
         return torch.from_numpy(nearest).to(expected.device)

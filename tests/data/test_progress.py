@@ -24,5 +24,10 @@ def test_preparing_is_never_silent_for_long(videos, tmp_path, monkeypatch, capsy
     assert "laying out" in said
     assert "looking through coords_next" in said
     assert "split" in said
-    prepare(videos, tmp_path / "again", progress=False)
+
+
+def test_preparing_without_progress_is_silent(videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_QUIET", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    prepare(videos, tmp_path / "out", progress=False)
     assert capsys.readouterr().err == ""
