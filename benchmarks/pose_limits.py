@@ -5,6 +5,8 @@ but the 13 joints of the reference moment, and nothing of the 4M way of doing it
 there to be reached; what they do not, frames must tell, or nobody can.
 
 - ``regression``: a network that regresses how far each joint moves, by the mean absolute error.
+- ``by_tokens``: the same by a transformer with a token for each joint, of the size of M4-small.yaml, whose tokens hold
+  waves of where the joint is on the canvas (``places``, as M4's do), or of where it is in the pose (``relative``).
 - ``neighbours``: the median way of the joints in the training pairs whose reference poses are most alike.
 - ``information``: nats a token by which a network betters the histogram of displacements of each joint and axis. Both
   say only in which of some 30 classes of displacement a joint's is (not at all; else quantiles of the training set's),
@@ -16,7 +18,8 @@ Every figure is the best of some taken on the way on the held-out pairs themselv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +40,9 @@ PIXEL = CANVAS / (BINS - 1)  # of a bin
 COORDINATES = 2 * NUM_JOINTS
 CLASSES = 32  # of displacement, at most, beside "not at all"
 BATCH, LOOKS, WIDTH, BLOCKS, DROPOUT = 256, 6, 256, 3, 0.2
+TOKEN_WIDTH, HEADS = 128, 4  # of the transformer, which has as many blocks
+PERIODS = tuple(2.0**octave for octave in range(-1, 5))  # of waves over the canvas
+RELATIVE_WAVES = (4.0, 12.0)  # radians over half of the canvas, of places relative to the middle
 NEIGHBOURS = (1, 4, 16, 64)
 
 
@@ -80,21 +86,39 @@ def read_pairs(root: Path, split: str) -> Pairs:
 def described(pose: Tensor) -> Tensor:
     """float32 (N, 169): places on the canvas, visibility, and places relative to the visible joints' mean with two
     waves of them."""
+    place, relative, visible = places(pose)
+    parts = (place, visible[:, None], relative, *waves(relative, RELATIVE_WAVES))
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+def places(pose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32: where joints are on the canvas (N, 2, 13), -1 ... 1; relative to the visible joints' mean (N, 2, 13);
+    visibility (N, 13)."""
     place, visible = pose[:, :COORDINATES].float() / (BINS - 1) * 2 - 1, pose[:, COORDINATES:].float()
     by_axis = place.unflatten(1, (2, NUM_JOINTS))
     middle = (by_axis * visible[:, None]).sum(2, keepdim=True) / visible.sum(1).clamp(min=1)[:, None, None]
-    relative = (by_axis - middle).flatten(1)
-    waves = [wave(relative * fast) for fast in (4, 12) for wave in (torch.sin, torch.cos)]
-    return torch.cat([place, visible, relative, *waves], dim=1)
+    return by_axis, by_axis - middle, visible
 
 
-def network(outputs: int) -> nn.Module:
-    """A multilayer perceptron with residual connections, which starts at 0."""
-    inputs = COORDINATES * 6 + NUM_JOINTS
-    last = nn.Linear(WIDTH, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(inputs, WIDTH), *(_Block() for _ in range(BLOCKS)), last)
+def waves(place: Tensor, fast: Sequence[float]) -> list[Tensor]:
+    """The sine and the cosine of each multiple of places."""
+    return [wave(place * times) for times in fast for wave in (torch.sin, torch.cos)]
+
+
+class Perceptron(nn.Module):
+    """A multilayer perceptron with residual connections, which sees all joints at once; it starts at 0."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        inputs = COORDINATES * 6 + NUM_JOINTS
+        last = nn.Linear(WIDTH, outputs)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(inputs, WIDTH), *(_Block() for _ in range(BLOCKS)), last)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        """(N, outputs) of poses (N, 39)."""
+        return self.layers(described(pose))
 
 
 class _Block(nn.Module):
@@ -108,14 +132,48 @@ class _Block(nn.Module):
         return x + self.change(x)
 
 
-def trained(model: nn.Module, loss: Callable[[nn.Module, Pairs], Tensor], train: Pairs, steps: int) -> Iterator[int]:
+class Transformer(nn.Module):
+    """A transformer over a pose's joints, of which every one says how far it moves; it starts at 0.
+
+    Args:
+        relative: whether tokens hold waves of places relative to the middle of the pose, not of those on the canvas.
+    """
+
+    def __init__(self, relative: bool) -> None:
+        super().__init__()
+        self.relative = relative
+        held = 2 * (2 + 2 * len(RELATIVE_WAVES)) if relative else 2 * (1 + 2 * len(PERIODS))
+        self.embed = nn.Linear(held + 1, TOKEN_WIDTH)
+        self.joints = nn.Parameter(0.5 * torch.randn(NUM_JOINTS, TOKEN_WIDTH))
+        block = nn.TransformerEncoderLayer(
+            TOKEN_WIDTH, HEADS, 4 * TOKEN_WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        last = nn.LayerNorm(TOKEN_WIDTH)
+        self.blocks = nn.TransformerEncoder(block, BLOCKS, norm=last, enable_nested_tensor=False)
+        self.moves = nn.Linear(TOKEN_WIDTH, 2)
+        nn.init.zeros_(self.moves.weight)
+        nn.init.zeros_(self.moves.bias)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        """(N, 26), x and y of all joints, of poses (N, 39)."""
+        place, relative, visible = places(pose)
+        parts = [place, relative, *waves(relative, RELATIVE_WAVES)]
+        if not self.relative:
+            parts = [place, *waves(place, [math.pi * periods for periods in PERIODS])]
+        tokens = torch.cat([*parts, visible[:, None]], dim=1).transpose(1, 2)
+        return self.moves(self.blocks(self.embed(tokens) + self.joints)).transpose(1, 2).flatten(1)
+
+
+def trained(
+    model: nn.Module, loss: Callable[[nn.Module, Pairs], Tensor], train: Pairs, steps: int, batch: int
+) -> Iterator[int]:
     """Train in random batches, every other one mirrored; yields the steps done, LOOKS times, in evaluation mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     mirrored = train.mirrored()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / steps)
-        chosen = torch.randint(len(train.reference), (BATCH,))
+        chosen = torch.randint(len(train.reference), (batch,))
         model.train()
         optimizer.zero_grad()
         loss(model, (mirrored if step % 2 else train).take(chosen)).backward()
@@ -127,16 +185,16 @@ def trained(model: nn.Module, loss: Callable[[nn.Module, Pairs], Tensor], train:
                 yield step + 1
 
 
-def regression(train: Pairs, held: Pairs, steps: int) -> float:
-    """Error in pixels of a network that regresses displacements."""
-    model, unit = network(COORDINATES), 8.0  # pixels
+def regression(model: nn.Module, train: Pairs, held: Pairs, steps: int, batch: int = BATCH) -> float:
+    """Error in pixels of a network that regresses displacements (N, 26) from poses (N, 39)."""
+    unit = 8.0  # pixels
 
     def loss(model: nn.Module, pairs: Pairs) -> Tensor:
-        off = (model(described(pairs.reference)) - pairs.moved * PIXEL / unit).abs()
+        off = (model(pairs.reference) - pairs.moved * PIXEL / unit).abs()
         judged = pairs.judged.repeat(1, 2)
         return (off * judged).sum() / judged.sum().clamp(min=1)
 
-    return min(held.error(model(described(held.reference)) * unit) for _ in trained(model, loss, train, steps))
+    return min(held.error(model(held.reference) * unit) for _ in trained(model, loss, train, steps, batch))
 
 
 def neighbours(train: Pairs, held: Pairs) -> float:
@@ -151,7 +209,7 @@ def neighbours(train: Pairs, held: Pairs) -> float:
     return min(held.error(moved[nearest[:, :count]].median(dim=1).values) for count in NEIGHBOURS)
 
 
-def information(train: Pairs, held: Pairs, steps: int) -> dict[str, float]:
+def information(train: Pairs, held: Pairs, steps: int, batch: int = BATCH) -> dict[str, float]:
     """Nats a token, all 39 of them: of a network, and of the histogram of each joint and axis."""
     some = train.moved[train.moved != 0].float()
     some = some[torch.randperm(len(some))[:1_000_000]]
@@ -162,7 +220,7 @@ def information(train: Pairs, held: Pairs, steps: int) -> dict[str, float]:
         return torch.where(moved == 0, len(edges) + 1, torch.bucketize(moved.float(), edges))
 
     def nats(model: nn.Module, pairs: Pairs) -> Tensor:
-        moves, visible = model(described(pairs.reference)).split([COORDINATES * classes, NUM_JOINTS], dim=1)
+        moves, visible = model(pairs.reference).split([COORDINATES * classes, NUM_JOINTS], dim=1)
         stays = 8 * (pairs.reference[:, COORDINATES:].float() - 0.5)
         of_moves = F.cross_entropy(
             moves.unflatten(1, (COORDINATES, classes)).flatten(0, 1), classed(pairs.moved).flatten(), reduction="sum"
@@ -184,23 +242,28 @@ def information(train: Pairs, held: Pairs, steps: int) -> dict[str, float]:
         for seen in (0, 1):
             of_train, of_held = train.reference[:, column] == seen, held.reference[:, column] == seen
             baseline += histogram(train.following[of_train, column], held.following[of_held, column], 2)
-    model = network(COORDINATES * classes + NUM_JOINTS)
-    best = min(float(nats(model, held)) for _ in trained(model, nats, train, steps))
+    model = Perceptron(COORDINATES * classes + NUM_JOINTS)
+    best = min(float(nats(model, held)) for _ in trained(model, nats, train, steps, batch))
     of_histogram = float(baseline) / held.reference.numel()
     return {"network": best, "histogram": of_histogram, "better_by": of_histogram - best}
 
 
-def limits(train: Pairs, held: Pairs, steps: int, seed: int = 0) -> dict[str, Any]:
+def limits(train: Pairs, held: Pairs, steps: int, batch: int = BATCH, seed: int = 0) -> dict[str, Any]:
     """All figures; error_px of copying is that of `m4.evaluate`."""
     torch.manual_seed(seed)
+    error: dict[str, Any] = {
+        "copying": held.error(torch.zeros(1, COORDINATES)),
+        "regression": regression(Perceptron(COORDINATES), train, held, steps, batch),
+        "neighbours": neighbours(train, held),
+    }
+    nats = information(train, held, steps, batch)
+    by_tokens = {
+        what: regression(Transformer(what == "relative"), train, held, steps, batch) for what in ("places", "relative")
+    }
     return {
         "pairs": [len(train.reference), len(held.reference)],
-        "error_px": {
-            "copying": held.error(torch.zeros(1, COORDINATES)),
-            "regression": regression(train, held, steps),
-            "neighbours": neighbours(train, held),
-        },
-        "nats_a_token": information(train, held, steps),
+        "error_px": {**error, "by_tokens": by_tokens},
+        "nats_a_token": nats,
     }
 
 
@@ -209,14 +272,16 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="prepared data, as of python -m m4.data prepare")
     parser.add_argument("--train-split", default="train")
     parser.add_argument("--eval-split", default="eval")
-    parser.add_argument("--steps", type=whole(LOOKS), default=1200, help=f"of training, {BATCH} pairs each")
+    parser.add_argument("--steps", type=whole(LOOKS), default=1200, help="of training, --batch pairs each")
+    parser.add_argument("--batch", type=whole(1), default=BATCH)
     parser.add_argument("--out", type=writable_file, help="file for the figures, JSON")
     arguments = parser.parse_args()
     train, held = (read_pairs(arguments.data, split) for split in (arguments.train_split, arguments.eval_split))
-    figures = limits(train, held, arguments.steps)
+    figures = limits(train, held, arguments.steps, arguments.batch)
     print(json.dumps(figures, indent=1))
     if arguments.out is not None:
-        text = json.dumps({"machine": machine(), "steps": arguments.steps, **figures}, indent=1)
+        settings = {"machine": machine(), "steps": arguments.steps, "batch": arguments.batch}
+        text = json.dumps({**settings, **figures}, indent=1)
         write_atomically(arguments.out, (text + "\n").encode())
     return 0
 

@@ -30,11 +30,12 @@ def by_chance(place, g):
 def test_a_way_that_nobody_can_know_is_not_told():
     torch.manual_seed(0)
     train, held = (pairs(n, seed, by_chance) for n, seed in ((2000, 0), (500, 1)))
-    figures = limits(train, held, steps=60)
+    figures = limits(train, held, steps=60, batch=64)
     copying = figures["error_px"]["copying"]
     assert copying == pytest.approx(20 * 2 / 3, rel=0.05)
     assert figures["error_px"]["regression"] > 0.97 * copying
     assert figures["error_px"]["neighbours"] > 0.97 * copying
+    assert min(figures["error_px"]["by_tokens"].values()) > 0.97 * copying
     assert figures["nats_a_token"]["better_by"] < 0.02
     # One of three ways up or down, none to the side, and visibility that never changes.
     uniform = NUM_JOINTS * math.log(3) / (COORDINATES + NUM_JOINTS)
@@ -51,9 +52,10 @@ def to_the_middle(place, g):
 def test_a_way_that_the_place_tells_is_found():
     torch.manual_seed(0)
     train, held = (pairs(n, seed, to_the_middle) for n, seed in ((4000, 0), (500, 1)))
-    figures = limits(train, held, steps=240)
+    figures = limits(train, held, steps=300, batch=64)
     assert figures["error_px"]["copying"] == pytest.approx(20, rel=0.01)
     assert figures["error_px"]["regression"] < 10
+    assert max(figures["error_px"]["by_tokens"].values()) < 10
     nats = figures["nats_a_token"]
     assert nats["histogram"] == pytest.approx(NUM_JOINTS * math.log(2) / (COORDINATES + NUM_JOINTS), rel=0.05)
     assert nats["better_by"] > 0.5 * nats["histogram"]
