@@ -52,7 +52,7 @@ def to_the_middle(place, g):
 def test_a_way_that_the_place_tells_is_found():
     torch.manual_seed(0)
     train, held = (pairs(n, seed, to_the_middle) for n, seed in ((4000, 0), (500, 1)))
-    figures = limits(train, held, steps=300, batch=64)
+    figures = limits(train, held, steps=200, batch=32)
     assert figures["error_px"]["copying"] == pytest.approx(20, rel=0.01)
     assert figures["error_px"]["regression"] < 10
     assert max(figures["error_px"]["by_tokens"].values()) < 10
