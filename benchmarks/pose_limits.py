@@ -5,7 +5,7 @@ but the 13 joints of the reference moment, and nothing of the 4M way of doing it
 there to be reached; what they do not, frames must tell, or nobody can.
 
 - ``regression``: a network that regresses how far each joint moves, by the mean absolute error.
-- ``by_tokens``: the same by a transformer with a token for each joint, of the size of M4-small.yaml, whose tokens hold
+- ``by_tokens``: the same by a transformer with a token for each joint, as wide as that of M4-small.yaml. Tokens hold
   waves of where the joint is on the canvas (``places``, as M4's do), or of where it is in the pose (``relative``).
 - ``neighbours``: the median way of the joints in the training pairs whose reference poses are most alike.
 - ``information``: nats a token by which a network betters the histogram of displacements of each joint and axis. Both
@@ -41,8 +41,9 @@ COORDINATES = 2 * NUM_JOINTS
 CLASSES = 32  # of displacement, at most, beside "not at all"
 BATCH, LOOKS, WIDTH, BLOCKS, DROPOUT = 256, 6, 256, 3, 0.2
 TOKEN_WIDTH, HEADS = 128, 4  # of the transformer, which has as many blocks
-PERIODS = tuple(2.0**octave for octave in range(-1, 5))  # of waves over the canvas
-RELATIVE_WAVES = (4.0, 12.0)  # radians over half of the canvas, of places relative to the middle
+# Of waves of places, radians over half of the canvas: half a period to 16 over all of it; of relative places.
+CANVAS_WAVES = tuple(math.pi * 2.0**octave for octave in range(-1, 5))
+RELATIVE_WAVES = (4.0, 12.0)
 NEIGHBOURS = (1, 4, 16, 64)
 
 
@@ -111,14 +112,20 @@ class Perceptron(nn.Module):
     def __init__(self, outputs: int) -> None:
         super().__init__()
         inputs = COORDINATES * 6 + NUM_JOINTS
-        last = nn.Linear(WIDTH, outputs)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        last = _zero(WIDTH, outputs)
         self.layers = nn.Sequential(nn.Linear(inputs, WIDTH), *(_Block() for _ in range(BLOCKS)), last)
 
     def forward(self, pose: Tensor) -> Tensor:
         """(N, outputs) of poses (N, 39)."""
         return self.layers(described(pose))
+
+
+def _zero(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that starts at 0."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class _Block(nn.Module):
@@ -132,6 +139,16 @@ class _Block(nn.Module):
         return x + self.change(x)
 
 
+def joint_tokens(pose: Tensor, relative: bool) -> Tensor:
+    """float32 (N, 13, F), what the tokens of `Transformer` hold of poses (N, 39): places, waves and visibility."""
+    place, in_pose, visible = places(pose)
+    if relative:
+        parts = [place, in_pose, *waves(in_pose, RELATIVE_WAVES)]
+    else:
+        parts = [place, *waves(place, CANVAS_WAVES)]
+    return torch.cat([*parts, visible[:, None]], dim=1).transpose(1, 2)
+
+
 class Transformer(nn.Module):
     """A transformer over a pose's joints, of which every one says how far it moves; it starts at 0.
 
@@ -142,25 +159,19 @@ class Transformer(nn.Module):
     def __init__(self, relative: bool) -> None:
         super().__init__()
         self.relative = relative
-        held = 2 * (2 + 2 * len(RELATIVE_WAVES)) if relative else 2 * (1 + 2 * len(PERIODS))
-        self.embed = nn.Linear(held + 1, TOKEN_WIDTH)
+        features = joint_tokens(torch.zeros(1, COORDINATES + NUM_JOINTS), relative).shape[-1]
+        self.embed = nn.Linear(features, TOKEN_WIDTH)
         self.joints = nn.Parameter(0.5 * torch.randn(NUM_JOINTS, TOKEN_WIDTH))
         block = nn.TransformerEncoderLayer(
             TOKEN_WIDTH, HEADS, 4 * TOKEN_WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         last = nn.LayerNorm(TOKEN_WIDTH)
         self.blocks = nn.TransformerEncoder(block, BLOCKS, norm=last, enable_nested_tensor=False)
-        self.moves = nn.Linear(TOKEN_WIDTH, 2)
-        nn.init.zeros_(self.moves.weight)
-        nn.init.zeros_(self.moves.bias)
+        self.moves = _zero(TOKEN_WIDTH, 2)
 
     def forward(self, pose: Tensor) -> Tensor:
         """(N, 26), x and y of all joints, of poses (N, 39)."""
-        place, relative, visible = places(pose)
-        parts = [place, relative, *waves(relative, RELATIVE_WAVES)]
-        if not self.relative:
-            parts = [place, *waves(place, [math.pi * periods for periods in PERIODS])]
-        tokens = torch.cat([*parts, visible[:, None]], dim=1).transpose(1, 2)
+        tokens = joint_tokens(pose, self.relative)
         return self.moves(self.blocks(self.embed(tokens) + self.joints)).transpose(1, 2).flatten(1)
 
 
@@ -185,7 +196,7 @@ def trained(
                 yield step + 1
 
 
-def regression(model: nn.Module, train: Pairs, held: Pairs, steps: int, batch: int = BATCH) -> float:
+def regression(model: nn.Module, train: Pairs, held: Pairs, steps: int, batch: int) -> float:
     """Error in pixels of a network that regresses displacements (N, 26) from poses (N, 39)."""
     unit = 8.0  # pixels
 
@@ -209,7 +220,7 @@ def neighbours(train: Pairs, held: Pairs) -> float:
     return min(held.error(moved[nearest[:, :count]].median(dim=1).values) for count in NEIGHBOURS)
 
 
-def information(train: Pairs, held: Pairs, steps: int, batch: int = BATCH) -> dict[str, float]:
+def information(train: Pairs, held: Pairs, steps: int, batch: int) -> dict[str, float]:
     """Nats a token, all 39 of them: of a network, and of the histogram of each joint and axis."""
     some = train.moved[train.moved != 0].float()
     some = some[torch.randperm(len(some))[:1_000_000]]
