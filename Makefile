@@ -20,7 +20,7 @@ CLANG_FORMAT := $(PY) -c 'from clang_format import clang_format; clang_format()'
 CPP_FILES := git ls-files -z 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo learn test notebooks docs other-sums torture matrix lint format types bench gpu gpu-dry-run sanitize compile-gates clean
+.PHONY: help setup demo learn test notebooks docs other-sums torture matrix lint format types bench gpu gpu-dry-run sanitize emulate compile-gates clean
 
 help:
 	@echo "make demo      set up, make the sample set, train a small model, evaluate it, draw a picture (minutes on a CPU)"
@@ -36,6 +36,8 @@ help:
 	@echo "               OUT=FOLDER for all that it writes)"
 	@echo "make gpu-dry-run  rehearse that on the CPU"
 	@echo "make sanitize  run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make emulate   run the kernel tests with AVX-512 in software, for a processor without it (apt install libsimde-dev);"
+	@echo "               make sanitize EMULATE=1: both"
 	@echo "make compile-gates  compile every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed); registers, spills, memory"
 	@echo "make format    format Python and C++"
 	@echo "make clean     remove build products (keeps .venv, data/ and runs/)"
@@ -115,19 +117,29 @@ gpu:
 gpu-dry-run: setup
 	$(PY) -m benchmarks.gpu --dry-run $(out)
 
-# The extension instrumented by AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the normal one, which
-# `python -m pytest` would import first. Triton's interpreter runs nothing of it and takes most of these tests' time.
-SANITIZED := build/sanitized
+# The kernel tests with an extension built in another way, in a copy beside the normal one, which `python -m pytest` would
+# import first. Triton's interpreter runs nothing of the extension and takes most of these tests' time.
+built = M4KERNELS_CUDA=0 $(PY) setup.py --quiet build --build-lib $(1) --build-temp $(1)-temp
+tested = PYTHONPATH=$(1) $(PY) -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+	-p no:cacheprovider -o pythonpath=$(1) -o timeout=1800 tests/ops \
+	-k "not compile and not opcheck and not report and not aot and not triton and not interpreter"
+
+# Instrumented by AddressSanitizer and UndefinedBehaviorSanitizer. `make sanitize EMULATE=1`: also at the levels of AVX-512,
+# in software, where the processor has none.
+EMULATE ?= 0
+SANITIZED := build/sanitized$(if $(filter 1,$(EMULATE)),-emulated)
 sanitize: setup
-	M4KERNELS_SANITIZE=address,undefined M4KERNELS_CUDA=0 $(PY) setup.py --quiet build \
-		--build-lib $(SANITIZED) --build-temp build/sanitized-temp
+	M4KERNELS_EMULATE_AVX512=$(call quoted,$(EMULATE)) M4KERNELS_SANITIZE=address,undefined $(call built,$(SANITIZED))
 	for name in c++ g++ clang++; do CXX="$${CXX:-$$(command -v $$name)}"; done; \
 	if command -v "$$CXX" >/dev/null; then set -- "$$CXX"; else eval "set -- $$CXX"; fi; \
 	LD_PRELOAD="$$("$$@" -print-file-name=libasan.so) $$("$$@" -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-		$(PY) -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
-		-p no:cacheprovider -o pythonpath=$(SANITIZED) -o timeout=1800 tests/ops \
-		-k "not compile and not opcheck and not report and not aot and not triton and not interpreter"
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(call tested,$(SANITIZED))
+
+# At the levels of AVX-512, in software.
+EMULATED := build/emulated
+emulate: setup
+	M4KERNELS_EMULATE_AVX512=1 $(call built,$(EMULATED))
+	$(call tested,$(EMULATED))
 
 compile-gates: setup
 	env -u TRITON_INTERPRET $(PY) -m m4kernels.aot

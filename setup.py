@@ -9,6 +9,7 @@ empty counts as not set):
     M4KERNELS_CUDA=0|1|auto      CUDA sources: never, always (an error without nvcc), when nvcc is found (default)
     M4KERNELS_CUDA_ARCHS=80;90   GPU architectures (default: those of 80;90;100;120 that nvcc knows)
     M4KERNELS_SANITIZE=address,undefined   instrument the host code (see `make sanitize`)
+    M4KERNELS_EMULATE_AVX512=1   AVX-512 in software, to test its levels on a processor without it (needs SIMDe)
     MAX_JOBS=2                   how many compilers run at once (default: ninja's, the number of cores and two)
 """
 
@@ -48,6 +49,8 @@ X86_LEVELS = {
     "avx512": (AVX512 := [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]),
     "avx512bf16": [*AVX512, "-mavx512bf16", "-DM4K_SIMD_AVX512"],
 }
+# AVX-512 in software: registers of AVX2, and the intrinsics of csrc/common/emulated_avx512.h.
+EMULATED_LEVELS = {**X86_LEVELS, "avx512": AVX2, "avx512bf16": [*AVX2, "-DM4K_SIMD_AVX512"]}
 # Only files of this name are compiled for it.
 ONLY = {"avx512bf16": "_bf16_cpu.cpp"}
 # Contraction into FMA would make backends differ in the last bit; kernels that want FMA ask for it by name.
@@ -82,6 +85,7 @@ REMEDIES = {
     "run at once, `MAX_JOBS=1 pip install -e .`",
     "Permission denied|Read-only file system": "a file cannot be written or run (see above): {folder} must allow both; "
     "TMPDIR names another folder",
+    "simde/x86/avx512.h": "M4KERNELS_EMULATE_AVX512 needs SIMDe's headers (Debian, Ubuntu: apt install libsimde-dev)",
     "unsupported GNU version|unsupported clang version": "nvcc does not take this host compiler: name an older one, "
     "such as CXX=g++-13, or build without CUDA, M4KERNELS_CUDA=0",
 }
@@ -109,8 +113,20 @@ def ask(*command: str, folder: Path | None = None) -> "subprocess.CompletedProce
         fail(f"{shlex.join(command)}: {error.strerror}")
 
 
+def emulates_avx512() -> bool:
+    """Whether the levels of AVX-512 are to run in software."""
+    choice = setting("M4KERNELS_EMULATE_AVX512", "0")
+    if choice not in ("0", "1"):
+        fail(f"M4KERNELS_EMULATE_AVX512={choice!r}: expected 0 or 1")
+    return choice == "1"
+
+
 def simd_levels() -> dict[str, list[str]]:
-    return X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"portable": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return EMULATED_LEVELS if emulates_avx512() else X86_LEVELS
+    if emulates_avx512():
+        fail("M4KERNELS_EMULATE_AVX512=1: only on x86-64; other processors have the level portable alone")
+    return {"portable": []}
 
 
 def host_compiler() -> list[str]:
@@ -265,6 +281,9 @@ def flags_of(cuda: tuple[str, list[int]] | None) -> tuple[list[str], list[str], 
     """Flags of every C++ source, of bindings.cpp besides, and of linking."""
     common = [*CXX_FLAGS, f"-DM4K_X86={int(len(simd_levels()) > 1)}", f"-DM4K_CUDA={int(cuda is not None)}"]
     # What changes often goes to one file alone, so that the others are not compiled anew.
+    if emulates_avx512():
+        say("SIMD levels avx512 and avx512bf16: in software, for tests (M4KERNELS_EMULATE_AVX512=1)")
+        common.append("-DM4K_EMULATE_AVX512")
     bindings = [
         f"-DM4K_VERSION={VERSION}",
         f"-DM4K_SOURCES={sources.digest(ROOT)}",
@@ -282,7 +301,7 @@ def flags_of(cuda: tuple[str, list[int]] | None) -> tuple[list[str], list[str], 
         if not re.fullmatch(r"[a-z-]+(,[a-z-]+)*", wanted):
             fail(f"M4KERNELS_SANITIZE={wanted!r}: expected names of sanitizers, such as address,undefined")
         say(f"sanitizers: {wanted}")
-        sanitize = [*(f"-fsanitize={name}" for name in wanted.split(",")), "-fno-omit-frame-pointer", "-g", "-O1"]
+        sanitize = [*(f"-fsanitize={name}" for name in wanted.split(",")), "-fno-omit-frame-pointer", "-g1", "-O1"]
         common += [*sanitize, "-fno-sanitize-recover=undefined"]
         link += sanitize
     return common, bindings, link

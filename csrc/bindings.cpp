@@ -9,6 +9,11 @@ PYBIND11_MODULE(_C, m) {
     m.attr("has_cuda") = bool(M4K_CUDA);
     m.attr("cuda_version") = M4K_EXPAND(M4K_CUDA_VERSION);  // of the toolkit: "13.0", or ""
     m.attr("cuda_archs") = M4K_EXPAND(M4K_CUDA_ARCHS);      // "80;90"; the last is there as PTX, too
+#if defined(M4K_EMULATE_AVX512)
+    m.attr("emulates_avx512") = true;
+#else
+    m.attr("emulates_avx512") = false;
+#endif
     m4k::bind_simd(m);
     m4k::bind_adamw_step(m);
     m4k::bind_block(m);

@@ -38,7 +38,8 @@ def _extension() -> str:
         return _ext.absent()
     archs = ", ".join(f"sm_{arch}" for arch in extension.cuda_archs.split(";"))
     cuda = f"CUDA {extension.cuda_version} built in ({archs})" if extension.has_cuda else "CUDA not built in"
-    return f"{extension.__file__}, {cuda}\nSIMD level: {extension.simd_level()}"
+    emulated = ", AVX-512 in software: for tests" if extension.emulates_avx512 else ""
+    return f"{extension.__file__}, {cuda}\nSIMD level: {extension.simd_level()}{emulated}"
 
 
 def _products(dtype: torch.dtype) -> str:

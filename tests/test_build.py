@@ -36,7 +36,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the build is inherited."""
     for name in ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("M4KERNELS_CUDA", "M4KERNELS_CUDA_ARCHS", "M4KERNELS_SANITIZE"):
+    for name in ("M4KERNELS_CUDA", "M4KERNELS_CUDA_ARCHS", "M4KERNELS_SANITIZE", "M4KERNELS_EMULATE_AVX512"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(REPOSITORY)
 
@@ -110,6 +110,7 @@ def test_settings_that_are_set_but_empty_count_as_not_set(
     without = build.flags_of(None)
     for name in ("CXX", "NVCC", "CUDA_PATH", "M4KERNELS_CUDA", "M4KERNELS_CUDA_ARCHS", "M4KERNELS_SANITIZE"):
         monkeypatch.setenv(name, " ")
+    monkeypatch.setenv("M4KERNELS_EMULATE_AVX512", "")
     assert build.flags_of(None) == without
     assert build.cuda_plan(["a_cuda.cu"]) == (str(fake_nvcc), [80, 90, 100])
     if shutil.which("c++"):
@@ -314,6 +315,31 @@ def test_environments_that_setuptools_cannot_take(build: ModuleType, prefix: str
             build.check_places(REPOSITORY, "/usr", prefix)
         with pytest.raises(ValueError, match=r"."):
             subst_vars(prefix, {})
+
+
+def test_avx512_in_software_is_compiled_for_avx2(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    native = build.simd_levels()
+    assert "-mavx512f" in native["avx512"]
+    assert "-DM4K_EMULATE_AVX512" not in build.flags_of(None)[0]
+    monkeypatch.setenv("M4KERNELS_EMULATE_AVX512", "1")
+    levels = build.simd_levels()
+    assert list(levels) == list(native)  # one compiled after the other in the same order
+    assert not [flag for flags in levels.values() for flag in flags if "512" in flag and flag.startswith("-m")]
+    assert "-DM4K_SIMD_AVX512" in levels["avx512bf16"]
+    assert "-DM4K_EMULATE_AVX512" in build.flags_of(None)[0]
+    said = "csrc/common/emulated_avx512.h:7:10: fatal error: simde/x86/avx512.h: No such file or directory"
+    assert "apt install libsimde-dev" in build.remedy(said, Path("build"))
+
+
+def test_where_avx512_cannot_run_in_software(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M4KERNELS_EMULATE_AVX512", "yes")
+    with pytest.raises(SystemExit, match="M4KERNELS_EMULATE_AVX512='yes': expected 0 or 1"):
+        build.simd_levels()
+    monkeypatch.setenv("M4KERNELS_EMULATE_AVX512", "1")
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    with pytest.raises(SystemExit, match="M4KERNELS_EMULATE_AVX512=1: only on x86-64"):
+        build.simd_levels()
 
 
 def test_sources_that_need_a_simd_level_say_so_in_their_name() -> None:

@@ -164,3 +164,28 @@ def test_sanitize_takes_any_compiler(tmp_path: Path, compiler: str, given: str) 
     )
     libraries = " ".join(f"/libraries/-print-file-name={name}.so" for name in ("libasan", "libubsan"))
     assert f"asked with {libraries}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "emulated", "folder"),
+    [
+        (["sanitize"], "0", "build/sanitized"),
+        (["sanitize", "EMULATE=1"], "1", "build/sanitized-emulated"),
+        (["emulate"], "1", "build/emulated"),
+    ],
+)
+def test_the_tests_take_the_extension_that_was_built_for_them(
+    tmp_path: Path, words: list[str], emulated: str, folder: str
+) -> None:
+    program(tmp_path / "bin" / "c++", "#!/bin/sh\necho\n")
+    asking = '#!/bin/sh\necho "emulated=$M4KERNELS_EMULATE_AVX512 path=$PYTHONPATH" "$@"\n'
+    program(tmp_path / "venv" / "bin" / "python", asking)
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    environment = {"PATH": str(tmp_path / "bin"), "VENV": "venv", "PYTHON": sys.executable}
+    command = [shutil.which("make") or "make", "-o", "setup", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    builds, tests = (line for line in done.stdout.splitlines() if line.startswith("emulated="))
+    assert builds.startswith(f"emulated={emulated} ")
+    assert f"--build-lib {folder} " in builds
+    assert f" path={folder} " in tests
+    assert f"pythonpath={folder} " in tests
