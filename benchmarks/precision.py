@@ -1,8 +1,10 @@
 """`python -m benchmarks.precision`: the losses of a recipe in bf16 beside those in fp32, step by step.
 
-Trains the same samples under the same seed twice, in OUT/runs. OUT/precision.json has both losses of every step, the
-largest difference in per cent, command and machine; OUT/precision.png is the picture. The status is 1 where a step's
-losses differ by more than `--within` per cent.
+Trains the same samples under the same seed three times, in OUT/runs: in fp32, in bf16, and as a control in fp32 with a
+learning rate that is CONTROL times as large: what any small change grows to, since training amplifies differences.
+OUT/precision.json has the losses of every step, their differences from fp32 in per cent, command and machine;
+OUT/precision.png is the picture. The status is 1 where a step's losses in bf16 and fp32 differ by more than `--within`
+per cent.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from m4.pictures.curves import figure_bytes
 from m4.run.directory import resolve_paths
 from m4.run.metrics import METRICS_FILE, read_metrics
 
-DTYPES = ("fp32", "bf16")
+CONTROL = 1 + 1e-4
+RUNS = {"fp32": ("fp32", 1.0), "bf16": ("bf16", 1.0), "control": ("fp32", CONTROL)}  # dtype, times the learning rate
 
 
 def losses(folder: Path) -> list[float]:
@@ -44,55 +47,58 @@ def losses(folder: Path) -> list[float]:
     return found
 
 
-def differences(fp32: list[float], bf16: list[float]) -> list[float]:
-    """|bf16 - fp32| / fp32 of every step, in per cent.
+def differences(fp32: list[float], other: list[float]) -> list[float]:
+    """|other - fp32| / fp32 of every step, in per cent.
 
     Raises:
         ConfigError: the runs have not the same number of steps.
     """
-    if len(fp32) != len(bf16) or not fp32:
-        raise ConfigError(f"the runs took {len(fp32)} and {len(bf16)} steps; remove the runs, and start again")
-    return [100 * abs(half - full) / full for full, half in zip(fp32, bf16, strict=True)]
+    if len(fp32) != len(other) or not fp32:
+        raise ConfigError(f"the runs took {len(fp32)} and {len(other)} steps; remove the runs, and start again")
+    return [100 * abs(loss - full) / full for full, loss in zip(fp32, other, strict=True)]
 
 
-def picture(fp32: list[float], bf16: list[float], percent: list[float]) -> Figure:
-    """Losses over steps, and their difference below."""
+def picture(found: dict[str, list[float]], percent: dict[str, list[float]]) -> Figure:
+    """Losses over steps, and their differences from those in fp32 below."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    steps = range(1, len(fp32) + 1)
-    for name, values in zip(DTYPES, (fp32, bf16), strict=True):
-        above.plot(steps, values, lw=1, label=name)
+    steps = range(1, len(found["fp32"]) + 1)
+    for name in ("fp32", "bf16"):
+        above.plot(steps, found[name], lw=1, label=name)
     above.set_ylabel("loss (nats a token)")
-    above.legend()
-    below.plot(steps, percent, lw=1, color="C3")
+    said = {"bf16": "bf16", "control": f"fp32, learning rate x {CONTROL}"}
+    for (name, values), color in zip(percent.items(), ("C3", "0.5"), strict=True):
+        below.plot(steps, values, lw=1, color=color, label=said[name])
     below.set_ylabel("difference (%)")
     below.set_xlabel("step")
     for axes in (above, below):
         axes.grid(alpha=0.3)
+        axes.legend()
     return figure
 
 
 def compare(path: Path, steps: int, out: Path, settings: list[str]) -> dict[str, Any]:
-    """Train both, and say what they did.
+    """Train them all; `losses` of every run, `difference_percent` of those that are not fp32 itself.
 
     Raises:
         ConfigError: a setting cannot be run, or a run did not end well.
     """
+    lr = load_config(path, settings)[0].lr
     found = {}
-    for dtype in DTYPES:
-        ours = [f"dtype={dtype}", "log.every=1", f"stop_after_steps={steps}", f"output_dir={out / 'runs'}"]
-        overrides = [*settings, *ours, f"run_name={dtype}"]
+    for name, (dtype, times) in RUNS.items():
+        ours = [f"dtype={dtype}", f"lr={lr * times}", "log.every=1", f"stop_after_steps={steps}"]
+        overrides = [*settings, *ours, f"output_dir={out / 'runs'}", f"run_name={name}"]
         config = resolve_paths(load_config(path, overrides)[0])
         status = execute([sys.executable, "-m", "m4.train", "--config", str(path), *overrides])
         if status:
-            raise ConfigError(f"the run in {dtype} ended with status {status}; what it said is above")
-        found[dtype] = losses(config.run_dir)
-    percent = differences(found["fp32"], found["bf16"])
-    return {"losses": found, "difference_percent": percent, "largest_percent": max(percent)}
+            raise ConfigError(f"the run {name} ended with status {status}; what it said is above")
+        found[name] = losses(config.run_dir)
+    percent = {name: differences(found["fp32"], values) for name, values in found.items() if name != "fp32"}
+    return {"losses": found, "difference_percent": percent}
 
 
 def main() -> int:
-    """Train, compare, write; 0 where all differences are within the bound."""
+    """Train, compare, write; 0 where all differences of bf16 are within the bound."""
     arguments = _arguments()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -100,21 +106,22 @@ def main() -> int:
     command = shlex.join([python_command(), "-m", "benchmarks.precision", *sys.argv[1:]])
     body = {"command": command, "environment": machine(), **result}
     write_atomically(out / "precision.json", (json.dumps(body, indent=1) + "\n").encode())
-    fp32, bf16 = (result["losses"][dtype] for dtype in DTYPES)
-    write_atomically(out / "precision.png", figure_bytes(picture(fp32, bf16, result["difference_percent"]), ".png"))
-    largest = result["largest_percent"]
-    mean = sum(result["difference_percent"]) / len(fp32)
-    print(
-        f"{len(fp32)} steps: bf16 is {mean:.2f} % off fp32 on average, {largest:.2f} % at most; last losses "
-        f"{fp32[-1]:.4f} (fp32), {bf16[-1]:.4f} (bf16); {out / 'precision.png'}"
-    )
+    found, percent = result["losses"], result["difference_percent"]
+    write_atomically(out / "precision.png", figure_bytes(picture(found, percent), ".png"))
+    for name, values in percent.items():
+        mean, largest, above = sum(values) / len(values), max(values), sum(value > arguments.within for value in values)
+        print(
+            f"{name}: {mean:.2f} % off fp32 in the mean of {len(values)} steps, {largest:.2f} % at most, {above} steps above "
+            f"{arguments.within:g} %; last loss {found[name][-1]:.4f} (fp32 {found['fp32'][-1]:.4f})"
+        )
+    print(out / "precision.png")
+    largest = max(percent["bf16"])
     return int(not math.isfinite(largest) or largest > arguments.within)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = CommandParser(
-        prog="python -m benchmarks.precision", description="Train in fp32 and in bf16, and compare the losses."
-    )
+    description = "Train in fp32, in bf16 and for a control, and compare the losses."
+    parser = CommandParser(prog="python -m benchmarks.precision", description=description)
     parser.add_argument("--config", type=Path, required=True, help="the recipe, such as M4-tiny.yaml")
     parser.add_argument("--steps", type=whole(1), default=200, help="of each run (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the results")
