@@ -71,9 +71,11 @@ def picture(found: dict[str, list[float]], percent: dict[str, list[float]]) -> F
         below.plot(steps, values, lw=1, color=color, label=said[name])
     below.set_ylabel("difference (%)")
     below.set_xlabel("step")
+    largest = max(max(values) for values in percent.values())
+    below.set_ylim(0, 1.4 * largest or 1)  # with room for the legend
     for axes in (above, below):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right", ncols=2)
     return figure
 
 
@@ -111,8 +113,8 @@ def main() -> int:
     for name, values in percent.items():
         mean, largest, above = sum(values) / len(values), max(values), sum(value > arguments.within for value in values)
         print(
-            f"{name}: {mean:.2f} % off fp32 in the mean of {len(values)} steps, {largest:.2f} % at most, {above} steps above "
-            f"{arguments.within:g} %; last loss {found[name][-1]:.4f} (fp32 {found['fp32'][-1]:.4f})"
+            f"{name}: {mean:.2f} % off fp32 in the mean of {len(values)} steps, {largest:.2f} % at most, {above} steps "
+            f"above {arguments.within:g} %; last loss {found[name][-1]:.4f} (fp32 {found['fp32'][-1]:.4f})"
         )
     print(out / "precision.png")
     largest = max(percent["bf16"])
