@@ -14,6 +14,7 @@ from m4.batches.masked import fixed_batches
 from m4.build import masking_spec
 from m4.data.layout import read_meta
 from m4.data.store import TokenStore
+from m4.device import keep_freed_memory
 from m4.evaluation.losses import evaluate, unigram_baselines
 from m4.evaluation.next_moment import NextMoment
 from m4.evaluation.ranks import TOP, TargetRanks
@@ -57,6 +58,8 @@ def evaluate_run(
     next_moment = NextMoment(config, read_meta(run.root))
     for checked, name in ((store, split), (train, config.data.train_split)):
         next_moment.check_poses(checked, name)
+    if run.device.type == "cpu":
+        keep_freed_memory()
     log.info("evaluating %s on the split %s in %s", run.checkpoint, split, run.root)
     model = run.model()
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 SHARPNESS = 1.5
 
 
+def sharpened(p: Tensor) -> Tensor:
+    """p to the power of SHARPNESS: a root and a product, since a power takes three times as long."""
+    return p.sqrt().mul_(p)
+
+
 @dataclass(frozen=True)
 class CodeValues:
     """Of the image codes of a row what they stand for."""

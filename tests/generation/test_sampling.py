@@ -32,6 +32,17 @@ def drawn(rule, limit=IDS, ordinal=False):
     return ids, log_p, (y.double() @ weight.double().T)[0, :limit]
 
 
+@pytest.mark.parametrize("ids", [1, 2, 63, 64, 65, 130, 512, 1000, 2048])
+def test_the_largest_is_found_as_pytorch_finds_it(ids):
+    """The first of equals, and of places that are not a number."""
+    logits = torch.randn(300, ids, generator=torch.Generator().manual_seed(ids)).mul(2).round()
+    logits[0], logits[1], logits[2, ids // 2] = -torch.inf, torch.nan, torch.nan
+    logits[3, -1] = 99.0
+    found, expected = sampling._largest(logits), logits.max(-1)
+    torch.testing.assert_close(found[0], expected.values, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1], expected.indices)
+
+
 def shares(ids, limit=IDS):
     return torch.bincount(ids, minlength=limit).double() / DRAWS
 
