@@ -280,10 +280,10 @@ def ccbin(cxx: Sequence[str], folder: Path) -> str:
 def flags_of(cuda: tuple[str, list[int]] | None) -> tuple[list[str], list[str], list[str]]:
     """Flags of every C++ source, of bindings.cpp besides, and of linking."""
     common = [*CXX_FLAGS, f"-DM4K_X86={int(len(simd_levels()) > 1)}", f"-DM4K_CUDA={int(cuda is not None)}"]
-    # What changes often goes to one file alone, so that the others are not compiled anew.
     if emulates_avx512():
         say("SIMD levels avx512 and avx512bf16: in software, for tests (M4KERNELS_EMULATE_AVX512=1)")
         common.append("-DM4K_EMULATE_AVX512")
+    # What changes often goes to one file alone, so that the others are not compiled anew.
     bindings = [
         f"-DM4K_VERSION={VERSION}",
         f"-DM4K_SOURCES={sources.digest(ROOT)}",

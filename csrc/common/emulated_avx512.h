@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #include <simde/x86/avx512.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -30,19 +31,9 @@ struct Lanes {
     }
 };
 
-M4K_EMULATED float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-M4K_EMULATED uint32_t as_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
 M4K_EMULATED float without_denormal(float x) {
-    const uint32_t bits = as_bits(x);
-    return as_float((bits & 0x7f800000u) ? bits : bits & 0x80000000u);
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    return std::bit_cast<float>((bits & 0x7f800000u) ? bits : bits & 0x80000000u);
 }
 
 // In the order of the compilers' own: halves, quarters, pairs.
@@ -86,7 +77,7 @@ M4K_EMULATED __m256i to_bf16(__m512 x) {
     const Lanes<float> numbers(x);
     Lanes<uint16_t> halves(_mm256_setzero_si256());
     for (int i = 0; i < 16; ++i) {
-        const uint32_t bits = as_bits(without_denormal(numbers.lane[i]));
+        const uint32_t bits = std::bit_cast<uint32_t>(without_denormal(numbers.lane[i]));
         const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
         const uint32_t rounded = is_nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
         halves.lane[i] = static_cast<uint16_t>(rounded >> 16);
@@ -99,8 +90,8 @@ M4K_EMULATED __m512 multiply_bf16(__m512 sum, __m512bh a, __m512bh b) {
     Lanes<float> sums(sum);
     for (int i = 0; i < 16; ++i) {
         const auto product = [&](int shift, float total) {
-            const float x = as_float(left.lane[i] << shift & 0xffff0000u);
-            const float y = as_float(right.lane[i] << shift & 0xffff0000u);
+            const float x = std::bit_cast<float>(left.lane[i] << shift & 0xffff0000u);
+            const float y = std::bit_cast<float>(right.lane[i] << shift & 0xffff0000u);
             return without_denormal(__builtin_fmaf(without_denormal(x), without_denormal(y), without_denormal(total)));
         };
         sums.lane[i] = product(16, product(0, sums.lane[i]));

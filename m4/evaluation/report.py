@@ -40,6 +40,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of a run on a split; the result is also written to evaluation-SPLIT.json in its folder.
 
+    On a CPU this process keeps freed memory from then on (`m4.device.keep_freed_memory`).
+
     Args:
         split: default the run's evaluation split.
         max_samples: evaluate the first of the split only; default all.

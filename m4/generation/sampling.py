@@ -22,7 +22,7 @@ MIN_ROWS = 16
 # Rows and ids that are held at once: on a CPU 4 MB, which stays in the cache (64 x 8192 takes a quarter more, others of
 # this size make no difference; EPYC of Zen 5, 2026-11-26); on a GPU 256 MB.
 _BLOCKS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
-_PLACES = 64  # neighbours among which `_largest` looks for the place
+_PLACES = 64  # neighbours among which `_highest` looks for the place
 _RANKED_BYTES = 1 << 25  # of logits of whole rows, which top-k and top-p need; ranking them takes a few times as much
 _RANKED = (256, 4096)  # likeliest ids that top-p looks at before it ranks all
 _COLDEST = 1e-6  # temperatures below are as this one: nothing but the likeliest id is left
@@ -103,7 +103,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)[:rows].float()
 
 
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row and its id, the first of equals: `max(-1)`, on a CPU in a fourth of its time, for
     PyTorch looks for places without vector instructions."""
     ids = logits.shape[1]
@@ -160,7 +160,7 @@ class _Stretches:
         for rows in _row_blocks(len(x), most):
             for number, start in enumerate(starts):
                 logits = _product(x[rows], weight[start : start + size])
-                highest, where = _largest(logits)
+                highest, where = _highest(logits)
                 best[rows, number], best_id[rows, number] = highest, where + start
                 logits -= highest[:, None]
                 if not shared:

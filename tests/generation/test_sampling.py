@@ -38,7 +38,7 @@ def test_the_largest_is_found_as_pytorch_finds_it(ids):
     logits = torch.randn(300, ids, generator=torch.Generator().manual_seed(ids)).mul(2).round()
     logits[0], logits[1], logits[2, ids // 2] = -torch.inf, torch.nan, torch.nan
     logits[3, -1] = 99.0
-    found, expected = sampling._largest(logits), logits.max(-1)
+    found, expected = sampling._highest(logits), logits.max(-1)
     torch.testing.assert_close(found[0], expected.values, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found[1], expected.indices)
 
